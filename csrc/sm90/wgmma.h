@@ -12,6 +12,7 @@ namespace flash_kda::sm90 {
 
 using cute::SM90::GMMA::LayoutType;
 using cute::SM90::GMMA::Major;
+using cute::SM90::GMMA::ScaleIn;
 using cute::SM90::GMMA::ScaleOut;
 
 // Offsets in bytes. K-major: `leading` from one 16-byte column of 8x8 matrices to the next (unused when swizzled), `stride` from
@@ -34,6 +35,7 @@ __device__ __forceinline__ void wgmma(float (&d)[kRegisters], const uint32_t* a,
 }
 
 using StepAtom = cute::SM90::GMMA::MMA_64x32x16_F32BF16BF16_RS<Major::K, Major::K>;
+using MinusStepAtom = cute::SM90::GMMA::MMA_64x32x16_F32BF16BF16_RS<Major::K, Major::K, ScaleIn::Neg>;
 using UpdateAtom = cute::SM90::GMMA::MMA_64x128x16_F32BF16BF16_RS<Major::K, Major::MN>;
 
 template <int kRegisters>
