@@ -23,8 +23,8 @@ constexpr int kThreads = (kPrepareWarps + kRecurrenceWarps) * 32;
 // Registers a thread. A launch gives every thread the same; then prepare hands some to the recurrence, which holds a [64, 128]
 // fp32 state and its bf16 copy.
 constexpr int kLaunchRegisters = 65536 / kThreads;
-constexpr int kPrepareRegisters = 104;
-constexpr int kRecurrenceRegisters = 152;
+constexpr int kPrepareRegisters = 96;
+constexpr int kRecurrenceRegisters = 160;
 static_assert(kPrepareGroups * kPrepareRegisters + kRecurrenceGroups * kRecurrenceRegisters <=
               (kPrepareGroups + kRecurrenceGroups) * kLaunchRegisters);
 

@@ -26,17 +26,16 @@ __global__ void __launch_bounds__(kThreads, 1) fwd_kernel(const __grid_constant_
         }
         fence_mbarrier_init();
     }
-    const Chain chain = find_chain(p, blockIdx.x);
-    Preparer::fill_gate_offset(p, chain, smem);
+    Preparer::fill_gate_offset(p, find_chain(p, blockIdx.x), smem);
     __syncthreads();
 
     const int warpgroup = threadIdx.x / kWarpgroup;
     if (warpgroup < kPrepareGroups) {
         cutlass::arch::warpgroup_reg_dealloc<kPrepareRegisters>();
-        prepare_chain(p, chain, smem, threadIdx.x / 32);
+        prepare_chain(p, find_chain(p, blockIdx.x), smem, threadIdx.x / 32);
     } else {
         cutlass::arch::warpgroup_reg_alloc<kRecurrenceRegisters>();
-        recur_chain(p, chain, smem, warpgroup - kPrepareGroups);
+        recur_chain(p, find_chain(p, blockIdx.x), smem, warpgroup - kPrepareGroups);
     }
 }
 

@@ -24,15 +24,18 @@ public:
         : scratch(scratch),
           gate_offset(smem.gate_offset),
           gate_slope(find_gate_slope(p, chain)),
-          // No bound of zero, so that its inverse times 2^y is never infinity times zero; so small a gate is zero all the same.
-          inverse_bound(rcp_approx(fminf(p.lower_bound * kLog2E, -1e-36f))),
+          // No bound of zero, so that its inverse times 2^y is never infinity times zero; so small a gate is zero all the same. The
+          // shuffle changes nothing: it keeps the value out of a uniform register, whence it would be copied before every use.
+          inverse_bound(__shfl_sync(~0u, rcp_approx(fminf(p.lower_bound * kLog2E, -1e-36f)), 0)),
           lane(threadIdx.x % 32),
           r(lane / 4),
           c(lane % 4),
-          row_offset(lane % 16 * 128) {}
+          first_block_offset(lane % 16 * 128 + ((lane / 16 ^ lane % 8) << 4)) {}
 
-    // gate = bound / (1 + 2^y), y = gate_slope * g + gate_offset[channel]
-    static __device__ float find_gate_slope(const KernelParams& p, const Chain& chain) { return -expf(p.A_log[chain.head]) * kLog2E; }
+    // gate = bound / (1 + 2^y), y = gate_slope * g + gate_offset[channel]. Never a slope of zero: see clear_tail.
+    static __device__ float find_gate_slope(const KernelParams& p, const Chain& chain) {
+        return fminf(-expf(p.A_log[chain.head]) * kLog2E, -1e-30f);
+    }
 
     static __device__ void fill_gate_offset(const KernelParams& p, const Chain& chain, SharedStorage& smem) {
         for (int channel = threadIdx.x; channel < kDim; channel += kThreads)
@@ -41,11 +44,14 @@ public:
 
     // `valid` tokens of the chunk are the sequence's own; the rest must leave no trace. Lane l holds token l's beta.
     __device__ __forceinline__ void prepare(Stage& stage, SmallFactors& small, float beta_logit, int valid) const {
+        if (valid < kChunk)
+            clear_tail(stage, valid);
         float q_norm[2], k_norm[2];
-        inverse_norms(stage, valid, q_norm, k_norm);
+        inverse_norms(stage, q_norm, k_norm);
         float L[2][4] = {}, Z[2][4] = {};
+#pragma unroll 1
         for (int block = 0; block < kBlocks; ++block)
-            elementwise(stage, small, block, valid, q_norm, k_norm, L, Z);
+            elementwise(stage, small, block, q_norm, k_norm, L, Z);
         solve(small, L, Z, lane < valid ? rcp_approx(1.0f + exp2_approx(-kLog2E * beta_logit)) : 0.0f);
         products(stage, small);
     }
@@ -55,30 +61,32 @@ private:
     const float* gate_offset;
     const float gate_slope, inverse_bound;
     const int lane, r, c;
-    const uint32_t row_offset;   // of the row whose address this lane gives to ldmatrix and stmatrix
+    const uint32_t first_block_offset;
 
     // ldmatrix.x4 and stmatrix.x4 take a [16, 16] block as its quarters (rows 0-7, columns 0-7), (rows 8-15, columns 0-7), (rows 0-7,
     // columns 8-15), (rows 8-15, columns 8-15), lane l giving row l % 8 of quarter l / 8: the register order of an mma A fragment.
-    __device__ __forceinline__ uint32_t block_offset(int block) const {
-        const int unit = block % 4 * 2 + lane / 16;
-        return row_offset + ((unit ^ (lane % 8)) << 4);
-    }
+    // In a half tile, where a block begins at unit 2 (block % 4) before the swizzle.
+    __device__ __forceinline__ uint32_t block_offset(int block) const { return first_block_offset ^ (block % 4 * 32); }
 
-    // The block of k or q, rows past the sequence zeroed.
-    __device__ __forceinline__ void load_rows(const HalfTile& tile, int block, int valid, uint32_t (&x)[4]) const {
-        ldmatrix_x4(x, smem_address(&tile) + block_offset(block));
-        if (valid < kChunk)
-            for (int i = 0; i < 4; ++i)
-                x[i] = r + i % 2 * 8 < valid ? x[i] : 0;
+    // Rows past the sequence are its neighbour's. k^ = q^ = v = 0, and a logit whose gate is 0, leave the state and the other rows alone.
+    __device__ __forceinline__ void clear_tail(Stage& stage, int valid) const {
+        constexpr uint32_t kMinusInfinity = 0xff80ff80;   // twice, in bf16
+        const uint32_t address = smem_address(&stage) + lane / 8 * kHalfTileBytes + lane % 8 * 16;
+        for (int row = valid; row < kChunk; ++row) {
+            store_shared_16_bytes(address + row * 128, {0, 0, 0, 0});   // k and q
+            const uint32_t x = lane < 16 ? kMinusInfinity : 0;          // g and v
+            store_shared_16_bytes(address + sizeof(Stage::kq) + row * 128, {x, x, x, x});
+        }
+        __syncwarp();
     }
 
     // 1 / norms of rows r and r + 8. The squares are the diagonals of q q' and k k'.
-    __device__ __forceinline__ void inverse_norms(const Stage& stage, int valid, float (&q_norm)[2], float (&k_norm)[2]) const {
+    __device__ __forceinline__ void inverse_norms(const Stage& stage, float (&q_norm)[2], float (&k_norm)[2]) const {
         float squares[2][2][4] = {};   // [k, q][with rows 0-7, with rows 8-15]
         for (int block = 0; block < kBlocks; ++block)
             for (int tensor = 0; tensor < 2; ++tensor) {
                 uint32_t x[4];
-                load_rows(stage.kq[block / 4][tensor], block, valid, x);
+                ldmatrix_x4(x, smem_address(&stage.kq[block / 4][tensor]) + block_offset(block));
                 mma_m16n8k16(squares[tensor][0], x, x[0], x[2]);
                 mma_m16n8k16(squares[tensor][1], x, x[1], x[3]);
             }
@@ -95,7 +103,7 @@ private:
     // The cumulated gates of 8 channels, as an accumulator: [16, 16] ones on and under the diagonal @ gate, on the tensor cores. Its
     // columns are taken in the order of the tokens that a lane holds. tf32 cuts 2^-11 off a gate, which next to bf16 factors does
     // not show.
-    __device__ __forceinline__ void cumulate(uint32_t first_tokens, uint32_t last_tokens, int channel, int valid, float (&G)[4]) const {
+    __device__ __forceinline__ void cumulate(uint32_t first_tokens, uint32_t last_tokens, int channel, float (&G)[4]) const {
         const float offset = gate_offset[channel];
         const float logits[4] = {low_bf16(first_tokens), high_bf16(first_tokens), low_bf16(last_tokens), high_bf16(last_tokens)};
         float gate[4];   // tokens 2 c, 2 c + 1, 2 c + 8, 2 c + 9
@@ -103,9 +111,6 @@ private:
             const float y = fmaf(gate_slope, logits[i], offset);
             gate[i] = rcp_approx(fmaf(exp2_approx(y), inverse_bound, inverse_bound));
         }
-        if (valid < kChunk)
-            for (int i = 0; i < 4; ++i)
-                gate[i] = 2 * c + i % 2 + i / 2 * 8 < valid ? gate[i] : 0.0f;
         const float one_a = 2 * c <= r ? 1.0f : 0.0f, one_b = 2 * c + 1 <= r ? 1.0f : 0.0f;
         const float first[4] = {one_a, 1.0f, one_b, 1.0f}, last[4] = {0.0f, one_a, 0.0f, one_b};
         for (float& x : G)
@@ -115,19 +120,21 @@ private:
     }
 
     // One block: kd, qd and kr in place of k, q and g; E; the block's share of L = kd ki' and Z = qd ki'.
-    __device__ __forceinline__ void elementwise(Stage& stage, SmallFactors& small, int block, int valid, const float (&q_norm)[2],
+    __device__ __forceinline__ void elementwise(Stage& stage, SmallFactors& small, int block, const float (&q_norm)[2],
                                                 const float (&k_norm)[2], float (&L)[2][4], float (&Z)[2][4]) const {
-        const int half = block / 4;
+        const uint32_t k_address = smem_address(&stage.kq[block / 4][0]) + block_offset(block);
+        const uint32_t q_address = k_address + kHalfTileBytes;
+        const uint32_t g_address = smem_address(&stage.g[block / 4]) + block_offset(block);
         uint32_t g[4], k[4], q[4];
-        ldmatrix_x4_trans(g, smem_address(&stage.g[half]) + block_offset(block));
-        load_rows(stage.kq[half][0], block, valid, k);
-        load_rows(stage.kq[half][1], block, valid, q);
+        ldmatrix_x4_trans(g, g_address);
+        ldmatrix_x4(k, k_address);
+        ldmatrix_x4(q, q_address);
 
         uint32_t kd[4], ki[4], qd[4], kr[4];
         float E[2][2];
         for (int j = 0; j < 2; ++j) {
             float G[4], up[4];
-            cumulate(g[2 * j], g[2 * j + 1], block * 16 + j * 8 + r, valid, G);
+            cumulate(g[2 * j], g[2 * j + 1], block * 16 + j * 8 + r, G);
             for (int i = 0; i < 4; ++i)
                 up[i] = exp2_approx(G[i]);
             for (int i = 0; i < 2; ++i)   // row 15 closes the chunk
@@ -144,9 +151,9 @@ private:
             }
         }
         __syncwarp();   // every lane has its part of the input
-        stmatrix_x4(smem_address(&stage.g[half]) + block_offset(block), kr);
-        stmatrix_x4(smem_address(&stage.kq[half][0]) + block_offset(block), kd);
-        stmatrix_x4(smem_address(&stage.kq[half][1]) + block_offset(block), qd);
+        stmatrix_x4(g_address, kr);
+        stmatrix_x4(k_address, kd);
+        stmatrix_x4(q_address, qd);
         if (r == 0)
             *reinterpret_cast<float4*>(&small.e[c][block * 4]) = {E[0][0], E[0][1], E[1][0], E[1][1]};
         for (int n = 0; n < 2; ++n) {

@@ -61,24 +61,14 @@ __device__ __forceinline__ void store_state(const KernelParams& p, const Chain& 
     }
 }
 
-// v' of the warp's 16 value channels, as an A operand [16 channels, 16 tokens]. Tokens that are not the sequence's own become
-// zeros: T and Z T are zero there, but a neighbour's NaN times zero is not.
-__device__ __forceinline__ void load_v(const HalfTile& tile, int warp, int lane, int valid, uint32_t (&v)[4]) {
+// v' of the warp's 16 value channels, as an A operand [16 channels, 16 tokens].
+__device__ __forceinline__ void load_v(const HalfTile& tile, int warp, int lane, uint32_t (&v)[4]) {
     uint32_t x[4];
     ldmatrix_x4_trans(x, smem_address(&tile) + lane % 16 * 128 + (((2 * warp + lane / 16) ^ (lane % 8)) << 4));
     v[0] = x[0];   // transposing the block swaps its off-diagonal quarters
     v[1] = x[2];
     v[2] = x[1];
     v[3] = x[3];
-    if (valid < kChunk) {
-        for (int i = 0; i < 4; ++i) {
-            const int token = 2 * (lane % 4) + i / 2 * 8;
-            if (token >= valid)
-                v[i] &= 0xffff0000u;
-            if (token + 1 >= valid)
-                v[i] &= 0x0000ffffu;
-        }
-    }
 }
 
 // Takes O' [16 value channels, 16 tokens] of one warp to out [tokens, 16 value channels]: through shared memory, where the warp
@@ -134,7 +124,7 @@ __device__ __forceinline__ void recur_chain(const KernelParams& p, const Chain& 
         const Stage& stage = smem.stages[ring.slot];
         const SmallFactors& small = smem.small[ring.slot];
         uint32_t v[4];
-        load_v(stage.v[group], warp, lane, chain.length - chunk * kChunk, v);   // landed before the chunk was prepared
+        load_v(stage.v[group], warp, lane, v);   // landed before the chunk was prepared
 
         const uint64_t minus_t = matrix_descriptor(small.minus_t, LayoutType::INTERLEAVE, kTColumnBytes, 128);
         const uint64_t w = matrix_descriptor(stage.kq, LayoutType::B128, 0, 8 * 128);
