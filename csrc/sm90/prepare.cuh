@@ -24,13 +24,22 @@ public:
         : scratch(scratch),
           gate_offset(smem.gate_offset),
           gate_slope(find_gate_slope(p, chain)),
-          // No bound of zero, so that its inverse times 2^y is never infinity times zero; so small a gate is zero all the same. The
-          // shuffle changes nothing: it keeps the value out of a uniform register, whence it would be copied before every use.
-          inverse_bound(__shfl_sync(~0u, rcp_approx(fminf(p.lower_bound * kLog2E, -1e-36f)), 0)),
+          // No bound of zero, so that its inverse times 2^y is never infinity times zero; so small a gate is zero all the same.
+          inverse_bound(resident(rcp_approx(fminf(p.lower_bound * kLog2E, -1e-36f)))),
           lane(threadIdx.x % 32),
           r(lane / 4),
           c(lane % 4),
-          first_block_offset(lane % 16 * 128 + ((lane / 16 ^ lane % 8) << 4)) {}
+          first_block_offset(lane % 16 * 128 + ((lane / 16 ^ lane % 8) << 4)) {
+        for (int i = 0; i < 4; ++i) {
+            const int row = r + i % 2 * 8, token = 2 * c + i / 2;
+            ones_first[i] = resident(token <= row ? 1.0f : 0.0f);
+            ones_last[i] = resident(token + 8 <= row ? 1.0f : 0.0f);
+        }
+    }
+
+    // The same value, in a register of its own from here on: the compiler would rather make it anew, or copy it from a uniform
+    // register, before every use.
+    static __device__ float resident(float x) { return __shfl_sync(~0u, x, threadIdx.x % 32); }
 
     // gate = bound / (1 + 2^y), y = gate_slope * g + gate_offset[channel]. Never a slope of zero: see clear_tail.
     static __device__ float find_gate_slope(const KernelParams& p, const Chain& chain) {
@@ -62,6 +71,7 @@ private:
     const float gate_slope, inverse_bound;
     const int lane, r, c;
     const uint32_t first_block_offset;
+    float ones_first[4], ones_last[4];   // ones on and under the diagonal of [16, 16]: columns of the first and last 8 tokens
 
     // ldmatrix.x4 and stmatrix.x4 take a [16, 16] block as its quarters (rows 0-7, columns 0-7), (rows 8-15, columns 0-7), (rows 0-7,
     // columns 8-15), (rows 8-15, columns 8-15), lane l giving row l % 8 of quarter l / 8: the register order of an mma A fragment.
@@ -111,12 +121,10 @@ private:
             const float y = fmaf(gate_slope, logits[i], offset);
             gate[i] = rcp_approx(fmaf(exp2_approx(y), inverse_bound, inverse_bound));
         }
-        const float one_a = 2 * c <= r ? 1.0f : 0.0f, one_b = 2 * c + 1 <= r ? 1.0f : 0.0f;
-        const float first[4] = {one_a, 1.0f, one_b, 1.0f}, last[4] = {0.0f, one_a, 0.0f, one_b};
         for (float& x : G)
             x = 0.0f;
-        mma_m16n8k8_tf32(G, first, gate[0], gate[1]);
-        mma_m16n8k8_tf32(G, last, gate[2], gate[3]);
+        mma_m16n8k8_tf32(G, ones_first, gate[0], gate[1]);
+        mma_m16n8k8_tf32(G, ones_last, gate[2], gate[3]);
     }
 
     // One block: kd, qd and kr in place of k, q and g; E; the block's share of L = kd ki' and Z = qd ki'.
@@ -232,7 +240,9 @@ private:
     }
 };
 
-// One warp's part of a chain: every kPrepareWarps-th chunk, from loading to handing over.
+// One warp's part of a chain: every kPrepareWarps-th chunk, from loading to handing over. While it waits for its load the other
+// warps compute; to ask for the next chunk early was slower, since a stage that is free so early is rare, and waiting for one
+// holds up the chunk in hand.
 __device__ __forceinline__ void prepare_chain(const KernelParams& p, const Chain& chain, SharedStorage& smem, int warp) {
     const Preparer preparer(p, chain, smem, smem.scratch[warp]);
     const int lane = threadIdx.x % 32;
