@@ -63,7 +63,8 @@ def prepare(q, k, v, g, beta, A_log, dt_bias, lower_bound):
 
     decay = G.exp()
     kd, qd, kr = k * decay, q * decay, k * (G[..., -1:, :] - G).exp()
-    W, U0 = torch.linalg.solve_triangular(L, beta * torch.cat((kd, v), -1), upper=False, unitriangular=True).chunk(2, -1)
+    right = beta * torch.cat((kd, v), -1)
+    W, U0 = torch.linalg.solve_triangular(L, right, upper=False, unitriangular=True).chunk(2, -1)
     return W, qd, kr, U0, Z, E
 
 

@@ -386,7 +386,8 @@ def test_positional_arguments(device):
     expected, expected_state = run(x)
     out, state = torch.empty_like(x.v), torch.empty_like(x.initial_state)
     flash_kda.fwd(
-        x.q, x.k, x.v, x.g, x.beta, x.scale, out, x.A_log, x.dt_bias, x.lower_bound, x.initial_state, state, x.cu_seqlens
+        x.q, x.k, x.v, x.g, x.beta, x.scale, out, x.A_log, x.dt_bias, x.lower_bound,
+        x.initial_state, state, x.cu_seqlens,
     )
     assert same_bits(out, expected) and same_bits(state, expected_state)
 
