@@ -10,7 +10,7 @@ except ImportError as error:  # built without CUDA, or the module does not load:
     _C, _C_MISSING = None, str(error)
 
 
-@functools.lru_cache(maxsize=None)  # asking CUDA costs more than the rest of a call
+@functools.lru_cache(maxsize=None)  # once a device: it stands on the path of every call
 def check_device(index: int) -> None:
     """Raise RuntimeError unless the kernels are built, and for the compute capability of CUDA device `index`."""
     if _C is None:

@@ -149,7 +149,7 @@ def test_check_variable_lets_a_graph_be_captured(monkeypatch):
 @pytest.mark.parametrize("name", ["q", "k", "v", "g", "out", "initial_state", "final_state"])
 def test_unaligned_tensor(name):
     x = make([20], heads=2, device="cuda")
-    arguments = dict(out=torch.full_like(x.v, 7.0), final_state=torch.full_like(x.initial_state, 7.0), **x.arguments())
+    arguments = dict(x.arguments(), out=torch.full_like(x.v, 7.0), final_state=torch.full_like(x.initial_state, 7.0))
     good = arguments[name]
     buffer = torch.zeros(good.numel() + 1, dtype=good.dtype, device="cuda")
     buffer[1:] = good.flatten()
@@ -175,7 +175,7 @@ def test_small_tensors_need_no_alignment():
 @pytest.mark.parametrize("name", ["k", "beta", "out", "A_log", "final_state", "cu_seqlens"])
 def test_device_mix(name):
     x = make([20], heads=2, device="cuda")
-    arguments = dict(out=torch.full_like(x.v, 7.0), final_state=torch.full_like(x.initial_state, 7.0), **x.arguments())
+    arguments = dict(x.arguments(), out=torch.full_like(x.v, 7.0), final_state=torch.full_like(x.initial_state, 7.0))
     arguments[name] = arguments[name].cpu()
     with pytest.raises(ValueError, match="^{}: .*cuda:0.*cpu".format(name)):
         flash_kda.fwd(**arguments)
@@ -227,7 +227,7 @@ def test_more_than_2_31_elements_of_tokens(layout):
     cu_seqlens = torch.tensor([0, lens[0], T], device="cuda") if layout == "packed" else None
     x = small.replace(q=q, k=k, v=v, g=g, beta=beta, cu_seqlens=cu_seqlens, lens=lens)
     flash_kda.fwd(out=out, final_state=state, **x.arguments())
-    # The gates forget all but the last few tokens, so a window started from zero finds the truth in its second half.
+    # The gates forget all but the last few tokens: a window started from zero has the truth in its second half.
     flat = {name: getattr(x, name).flatten(0, 1) for name in ("q", "k", "v", "g", "beta")}
     for end in (2 ** 31 // (H * D) + window // 4, T):
         tokens = {name: y[end - window : end].unsqueeze(0).contiguous() for name, y in flat.items()}
