@@ -63,6 +63,7 @@ def fwd(
         torch.cuda.current_stream(device).cuda_stream,
     )
     # Autograd cannot see the kernel's writes: a graph that saved one of these for backward must notice.
+    # An inference tensor has no version, and older PyTorch refuses to raise it.
     for x in (out, final_state):
         if x is not None and not x.is_inference():
             torch.autograd.graph.increment_version(x)
