@@ -69,9 +69,8 @@ def prepare(q, k, v, g, beta, A_log, dt_bias, lower_bound):
 
 def to_chunks(x):
     """[L, H, D] -> [ceil(L / CHUNK), H, CHUNK, D], padded with zeros."""
-    L, H, D = x.shape
-    x = F.pad(x, (0, 0, 0, 0, 0, -L % CHUNK))
-    return x.view(-1, CHUNK, H, D).transpose(1, 2).contiguous()
+    x = F.pad(x, (0, 0, 0, 0, 0, -len(x) % CHUNK))
+    return x.unflatten(0, (len(x) // CHUNK, CHUNK)).transpose(1, 2).contiguous()
 
 
 def recur(S, W, qd, kr, U0, Z, E):
