@@ -23,7 +23,7 @@ import problems
 import pytest
 import torch
 
-FLA_DIR = Path(os.environ.get("FLASH_KDA_FLA_DIR") or os.path.join(sys.prefix, "fla"))
+FLA_DIR = Path(os.environ.get("FLASH_KDA_FLA_DIR") or os.path.join(sys.prefix, "fla")).resolve()
 VERSIONS = ("0.5.0", "0.5.1", "0.5.2", "0.6.0")
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
 
