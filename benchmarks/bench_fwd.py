@@ -8,7 +8,7 @@
 For each row: GPU microseconds (CUDA-graph replay, cold L2 cache), host microseconds to issue a call, both beside the
 memory floor: the time its unavoidable bytes take at 3.0 TB/s, and at the copy bandwidth measured on this device.
 Before them, the error of each implementation against the fp64 reference. Writes OUT.json, OUT.md and, where
-matplotlib is installed, OUT.png; `python benchmarks/report.py` then brings the README's and the docs' tables up to date.
+matplotlib is installed, OUT.png; `python benchmarks/report.py` then brings the documents' tables up to date.
 The commit is read from git, or from FLASH_KDA_COMMIT in a tree without it.
 """
 import argparse
@@ -52,7 +52,7 @@ def source_state() -> Dict:
 
 
 def device_state() -> Dict:
-    """The GPU, its driver, and its clocks in MHz and power limit in W as nvidia-smi gives them, None where it cannot."""
+    """The GPU, its driver, its clocks in MHz and its power limit in W; None for what nvidia-smi cannot say."""
     properties = torch.cuda.get_device_properties(0)
     state = {"name": properties.name, "capability": "%d.%d" % (properties.major, properties.minor),
              "sm_count": properties.multi_processor_count, "memory_bytes": properties.total_memory}
@@ -115,7 +115,8 @@ def measure_row(loaded: List, row: Row, gate: str) -> Dict:
 
 def main(argv: Optional[List[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", default=",".join(GROUPS), help="groups and row names, comma-separated (default: %(default)s)")
+    parser.add_argument("--rows", default=",".join(GROUPS),
+                        help="groups and row names, comma-separated (default: %(default)s)")
     parser.add_argument("--gates", default=",".join(GATES), help="comma-separated (default: %(default)s)")
     parser.add_argument("--peers", default="flashkda",
                         help="any of %s, comma-separated (default: %%(default)s)" % ", ".join(kernels.PEERS))
@@ -139,15 +140,17 @@ def main(argv: Optional[List[str]] = None) -> None:
     result.update({"torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version(),
                    "kernels": {kernel.name: kernel.version for kernel in loaded},
                    "bandwidth_tbps": {"convention": report.CONVENTION_TBPS, "copy": measure.copy_tbps()}})
-    print("%s, copy bandwidth %.2f TB/s" % (torch.cuda.get_device_name(0), result["bandwidth_tbps"]["copy"]), flush=True)
+    print("%s, copy bandwidth %.2f TB/s" % (torch.cuda.get_device_name(0), result["bandwidth_tbps"]["copy"]),
+          flush=True)
 
     result["accuracy"] = measure_accuracy(loaded, gates)
     result["rows"] = []
     total = len(rows) * len(gates)
     for gate in gates:
         for row in rows:
-            result["rows"].append(measure_row(loaded, row, gate))
-            print("[%d/%d] %s" % (len(result["rows"]), total, report.progress_line(result, result["rows"][-1])), flush=True)
+            entry = measure_row(loaded, row, gate)
+            result["rows"].append(entry)
+            print("[%d/%d] %s" % (len(result["rows"]), total, report.progress_line(result, entry)), flush=True)
             torch.cuda.empty_cache()
     result["device"] = device_state()  # read last, with the clocks still where the work put them
 

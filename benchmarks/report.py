@@ -9,8 +9,8 @@ Documents hold no typed figures. Each stands between a pair of marker comments a
     <!-- results:begin summary -->    geometric means of every group of rows, for every file in results/
     <!-- results:begin rows -->       every row
     <!-- results:begin accuracy -->   errors against the fp64 reference
-    <!-- results:begin figure FILE GROUP GATE -->   one geometric mean, for use in a sentence or a table cell; FILE is
-                                      relative to results/ and without suffix, so ladder/first is results/ladder/first.json
+    <!-- results:begin figure FILE GROUP GATE -->   one geometric mean, for a sentence or a table cell; FILE is
+                                      relative to results/, without suffix: ladder/first is results/ladder/first.json
     <!-- results:end -->
 
 results/ holds the current measurements, results/ladder/ those of earlier versions, which only `figure` reads.
@@ -120,7 +120,8 @@ def summary_table(result: Result) -> str:
     peers = _peers(result)
     lines = []
     for gate, group, entries in _groups(result):
-        cells = _figure_cells(mean_figures(result, entries, OURS), [mean_figures(result, entries, peer) for peer in peers])
+        cells = _figure_cells(mean_figures(result, entries, OURS),
+                              [mean_figures(result, entries, peer) for peer in peers])
         lines.append([group, gate, str(len(entries))] + cells)
     return _table(["rows", "gate", "count"] + _figure_headers(peers), lines, text_columns=2)
 
@@ -164,8 +165,8 @@ def provenance(result: Result) -> str:
 def markdown(result: Result, plot_name: Optional[str] = None) -> str:
     """The whole result as one Markdown document."""
     parts = ["# %s" % result["device"]["name"], provenance(result),
-             "Times are GPU microseconds; the floor is the row's unavoidable bytes at %.1f TB/s, the copy floor at the copy "
-             "bandwidth measured in the same run." % result["bandwidth_tbps"]["convention"],
+             "Times are GPU microseconds; the floor is the row's unavoidable bytes at %.1f TB/s, the copy floor at the "
+             "copy bandwidth measured in the same run." % result["bandwidth_tbps"]["convention"],
              "## Geometric means", summary_table(result), "## Rows", rows_table(result),
              "## Relative error against the fp64 reference", accuracy_table(result)]
     if plot_name:
@@ -181,9 +182,11 @@ def progress_line(result: Result, entry: Dict) -> str:
         if f is None:
             parts.append("%s: %s" % (kernel, entry["kernels"].get(kernel, {}).get("error", NOT_MEASURED)))
         else:
-            parts.append("%s %.1f us = %.2fx (%.2f TB/s, host %.1f us)" % (kernel, f.us, f.over_floor, f.tbps, f.host_us))
+            parts.append("%s %.1f us = %.2fx (%.2f TB/s, host %.1f us)"
+                         % (kernel, f.us, f.over_floor, f.tbps, f.host_us))
     floor = floor_us(entry["floor_bytes"], result["bandwidth_tbps"]["convention"])
-    return "%-7s %-9s %-16s floor %.1f us | %s" % (entry["gate"], entry["group"], entry["row"], floor, " | ".join(parts))
+    return "%-7s %-9s %-16s floor %.1f us | %s" % (
+        entry["gate"], entry["group"], entry["row"], floor, " | ".join(parts))
 
 
 def plot(result: Result, path: Path) -> bool:

@@ -86,7 +86,8 @@ def test_floor_counts_a_state_a_sequence():
 def test_rows_have_unique_names_and_the_groups_sizes():
     names = [row.name for row in rows.ROWS]
     assert len(set(names)) == len(names)
-    assert {group: len(rows.select(group)) for group in rows.GROUPS} == {"standard": 6, "shards": 10, "long": 2, "many": 1}
+    sizes = {group: len(rows.select(group)) for group in rows.GROUPS}
+    assert sizes == {"standard": 6, "shards": 10, "long": 2, "many": 1}
     assert all(row.tokens == sum(row.lens) and int(row.name.split("-")[0][1:]) == row.tokens for row in rows.ROWS)
 
 
@@ -172,7 +173,8 @@ def test_tables_are_rectangular_and_say_what_is_missing(synthetic):
 
 def test_markdown_says_where_it_comes_from(synthetic):
     text = report.markdown(synthetic)
-    for said in ("Test GPU", "2000-01-01", "0123456789ab with local changes", "driver 1.2", "PyTorch 2.4.0", "1000 of 2000"):
+    for said in ("Test GPU", "2000-01-01", "0123456789ab with local changes", "driver 1.2", "PyTorch 2.4.0",
+                 "1000 of 2000"):
         assert said in text
     assert "](test.png)" in report.markdown(synthetic, "test.png") and ".png" not in text
     synthetic.update(commit=None, dirty=None)
@@ -286,7 +288,7 @@ def test_bench_says_that_it_needs_a_gpu(monkeypatch):
 
 
 def test_bench_writes_the_rows_that_ran(tmp_path, monkeypatch, capsys):
-    """The whole command with the GPU's part replaced: one row, one gate, one peer that is not there and one that fails."""
+    """The whole command with the GPU's part replaced: a row, a gate, a peer that is not there and one that fails."""
     class Peer:
         name, version = "fla", "0.0.0"
 
@@ -298,7 +300,8 @@ def test_bench_writes_the_rows_that_ran(tmp_path, monkeypatch, capsys):
             raise RuntimeError("refused\nat length")
         return 500.0, [490.0, 510.0]
 
-    ours = type("Ours", (), {"version": "0.0.0", "name": "flash_kda", "__call__": lambda self, p: (p.v, p.initial_state)})
+    ours = type("Ours", (), {"version": "0.0.0", "name": "flash_kda",
+                             "__call__": lambda self, p: (p.v, p.initial_state)})
     monkeypatch.setattr(kernels, "KERNELS", {
         "flash_kda": ours, "flashkda": no_peer, "fla": type("Fla", (Peer,), {"__call__": lambda self, p: None})})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -311,7 +314,8 @@ def test_bench_writes_the_rows_that_ran(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measure, "device_us", device_us)
     monkeypatch.setattr(measure, "host_us", lambda call: 9.0)
 
-    bench_fwd.main(["--rows", "many", "--gates", "slow", "--peers", "flashkda,fla", "--out", str(tmp_path / "new" / "run")])
+    bench_fwd.main(["--rows", "many", "--gates", "slow", "--peers", "flashkda,fla",
+                    "--out", str(tmp_path / "new" / "run")])
     printed = capsys.readouterr().out
     assert "flashkda is left out: ImportError: not installed" in printed
     assert "[1/1] slow" in printed and "fla: RuntimeError: refused" in printed
@@ -372,5 +376,6 @@ def test_ncu_script(tmp_path):
     assert arguments[:2] == ["--clock-control", "none"]
     assert arguments[-4:] == [str(BENCHMARKS / "profile_row.py"), "run", "T8192-H96", "slow"]
     assert "dram__bytes_read.sum" in arguments[arguments.index("--metrics") + 1].split(",")
-    done = subprocess.run(["bash", str(BENCHMARKS / "ncu.sh")], env=env, stderr=subprocess.PIPE, universal_newlines=True)
+    done = subprocess.run(["bash", str(BENCHMARKS / "ncu.sh")], env=env, stderr=subprocess.PIPE,
+                          universal_newlines=True)
     assert done.returncode == 2 and "usage" in done.stderr

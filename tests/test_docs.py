@@ -16,7 +16,9 @@ def relative_error(got, want):
 
 
 def test_readme_examples():
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", readme, re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 4
     torch.manual_seed(0)
     names = {}
     for block in blocks:
