@@ -134,6 +134,11 @@ def main(argv: Optional[List[str]] = None) -> None:
     if not torch.cuda.is_available():
         sys.exit("bench_fwd.py measures GPU time: PyTorch finds no CUDA device here.")
 
+    slug = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(0).lower()).strip("-")
+    stem = Path(args.out) if args.out else HERE / "results" / slug
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    json_path = stem.with_name(stem.name + ".json")
+
     loaded = load_kernels(args.peers)
     result = {"date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")}
     result.update(source_state())
@@ -152,13 +157,9 @@ def main(argv: Optional[List[str]] = None) -> None:
             result["rows"].append(entry)
             print("[%d/%d] %s" % (len(result["rows"]), total, report.progress_line(result, entry)), flush=True)
             torch.cuda.empty_cache()
-    result["device"] = device_state()  # read last, with the clocks still where the work put them
-
-    slug = re.sub(r"[^a-z0-9]+", "-", result["device"]["name"].lower()).strip("-")
-    stem = Path(args.out) if args.out else HERE / "results" / slug
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    json_path = stem.with_name(stem.name + ".json")
-    json_path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            result["device"] = device_state()  # after a row, with the clocks still where the work put them
+            # After every row, so that a run cut short leaves what it has measured.
+            json_path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for path in [json_path] + report.write_companions(json_path):
         print("wrote %s" % path)
 
