@@ -1,0 +1,22 @@
+// Where one side stands in a ring of shared-memory slots.
+#pragma once
+
+#include <cstdint>
+
+namespace flash_kda::sm90 {
+
+template <int kStages>
+struct RingCursor {
+    int slot = 0;
+    uint32_t phase = 0;   // flips at each turn: the parity to wait for on a slot's `full` barrier, and its inverse on `empty`
+
+    __device__ void advance(int steps = 1) {
+        slot += steps;
+        if (slot >= kStages) {
+            slot -= kStages;
+            phase ^= 1;
+        }
+    }
+};
+
+}  // namespace flash_kda::sm90

@@ -1,0 +1,13 @@
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+namespace flash_kda::sm90 {
+
+// The copy engine's view of a bf16 [rows, heads, 128] tensor: coordinates (channel % 64, row, channel / 64, head), boxes of one
+// head's [16, 128], written as two swizzled halves. Throws std::runtime_error. Encoding is host work: nothing is enqueued.
+CUtensorMap make_tensor_map(const void* data, int64_t rows, int64_t heads);
+
+}  // namespace flash_kda::sm90
