@@ -18,7 +18,7 @@ from torch import nn
 import flash_kda
 
 HEAD_DIM = 128          # K = V
-MAX_TOKENS = 256 * 1024  # of the file; the rest is not read
+MAX_TOKENS = {"cuda": 256 * 1024, "cpu": 64 * 1024}  # of the file; the rest is not read
 STREAM_TOKENS = 1000    # a call, when streaming
 MAX_SEQUENCES = 512     # when packing; what is over goes into the last one
 REFERENCE_TOKENS = 2048  # the reference runs token by token, so only over the first of them
@@ -97,18 +97,19 @@ def check(what, error):
 
 @torch.inference_mode()
 def run(path):
+    device, device_name = choose_device()
+    limit = MAX_TOKENS[device.type]
     with open(str(path), "rb") as file:
-        data = file.read(MAX_TOKENS + 1)
-    cut = len(data) > MAX_TOKENS
-    data = data[:MAX_TOKENS]
+        data = file.read(limit + 1)
+    cut = len(data) > limit
+    data = data[:limit]
 
     torch.manual_seed(0)
-    device, device_name = choose_device()
     layer = KDALayer().to(device)
     tokens = torch.tensor(list(data), dtype=torch.long, device=device)
     total = len(tokens)
     print("flash_kda {} on {}".format(flash_kda.__version__, device_name))
-    print("{}: {:,} bytes{}; a KDA layer with random weights, {} heads, K = V = {}\n".format(
+    print("{}: {:,} bytes{}; KDA layer with random weights, {} heads, K = V = {}\n".format(
         path, total, " (its first; the rest is left out)" if cut else "", layer.heads, HEAD_DIM), flush=True)
 
     def rate(seconds):
@@ -122,14 +123,14 @@ def run(path):
     stream_state = layer.new_state()
     pieces = tokens.split(STREAM_TOKENS)
     streamed, seconds = timed(device, lambda: torch.cat([layer(piece, stream_state) for piece in pieces]))
-    print("Streamed, {} calls of {} tokens or less, chained by the state: {}".format(len(pieces), STREAM_TOKENS, rate(seconds)))
+    print("Streamed through the state, calls of up to {} tokens: {}, {}".format(STREAM_TOKENS, len(pieces), rate(seconds)))
     agree = [check("output against the one piece's", relative_error(streamed, whole)),
              check("final state against the one piece's", relative_error(stream_state, state))]
 
     ends = paragraph_ends(data)
     cu_seqlens = torch.tensor(ends, dtype=torch.long, device=device)
     packed, seconds = timed(device, lambda: layer(tokens, cu_seqlens=cu_seqlens))
-    print("Packed, {} paragraphs as sequences in one call: {}".format(len(ends) - 1, rate(seconds)))
+    print("Packed in one call, paragraphs as sequences: {}, {}".format(len(ends) - 1, rate(seconds)))
     alone = torch.cat([layer(tokens[start:end]) for start, end in zip(ends, ends[1:])])
     agree += [check("output against each paragraph by itself", relative_error(packed, alone)),
               check("first paragraph against the one piece's", relative_error(packed[:ends[1]], whole[:ends[1]]))]
