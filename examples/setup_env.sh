@@ -25,7 +25,7 @@ fail() {
 }
 
 pip_install() {
-    "$python" -m pip install --quiet "$@"
+    "$python" -m pip install -qq "$@"
 }
 
 install() {
