@@ -68,17 +68,18 @@ make_venv() {
     say "Making a virtual environment in .venv with $("$base" --version)"
     rm -rf "$root/.venv"
     if ! "$base" -m venv "$root/.venv" >/dev/null 2>&1; then
-        # Debian's Python comes without the pip to put into new environments; one that is installed can put itself there
+        # Debian's Python comes without the pip to put into new environments
         rm -rf "$root/.venv"
-        "$base" -m venv --without-pip "$root/.venv" &&
-            "$base" -m pip install --quiet --target "$("$python" -c 'import site; print(site.getsitepackages()[0])')" pip ||
-            fail "$base cannot make a virtual environment with pip in it: install Python's venv module (Debian, Ubuntu: python3-venv)"
+        "$base" -m venv --without-pip "$root/.venv" || fail "$base cannot make a virtual environment"
     fi
-    local folders
+    local site_packages folders
+    site_packages=$("$python" -c 'import site; print(site.getsitepackages()[0])')
     if folders=$(lent_packages "$(has_hopper_gpu && echo cuda || echo any)"); then
         say "Using the PyTorch that $base has"
-        printf '%s\n' "$folders" >"$("$python" -c 'import site; print(site.getsitepackages()[0])')/packages_of_the_base_interpreter.pth"
+        printf '%s\n' "$folders" >"$site_packages/packages_of_the_base_interpreter.pth"
     fi
+    "$python" -m pip --version >/dev/null 2>&1 || "$base" -m pip install --quiet --target "$site_packages" pip ||
+        fail "$base cannot put pip into a virtual environment: install Python's venv module (Debian, Ubuntu: python3-venv)"
 }
 
 # The release of PyTorch for this machine. Those for CUDA have the major version of the toolkit; 2.8 is the last for Python 3.9. Without a toolkit

@@ -11,7 +11,7 @@ for version in 0.5.0 0.5.1 0.5.2 0.6.0; do
     folder=$root/.venv/fla/$version
     [ -d "$folder/fla" ] && continue
     say "Installing flash-linear-attention $version for its tests"
-    pip_install --no-deps --target "$folder" "flash-linear-attention==$version" "fla-core==$version" einops 2>/dev/null ||
+    pip_install --retries 1 --no-deps --target "$folder" "flash-linear-attention==$version" "fla-core==$version" einops 2>/dev/null ||
         say "It cannot be installed here: its tests will be skipped"
 done
 
