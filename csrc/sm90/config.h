@@ -31,6 +31,11 @@ static_assert(kPrepareGroups * kPrepareRegisters + kRecurrenceGroups * kRecurren
 // Chunks in shared memory: those being loaded or prepared, one a warp, and a few ready for the recurrence.
 constexpr int kStages = kPrepareWarps + 3;
 
+// The cumulated gates carry this many powers of two more than they have, so that kd and qd, as small as e^-80, and ki, as large
+// as e^80, stay inside bf16 and fp32 for keys and queries of any sensible length. It is taken back where it would show.
+constexpr int kShift = 16;
+constexpr float kUnshift = 1.0f / (1 << kShift);
+
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kNormEpsilon = 1e-6f;
 

@@ -15,6 +15,14 @@
 namespace flash_kda {
 namespace sm90 {
 
+// For the half of t that stays zero.
+__device__ void clear_small_factors(SharedStorage& smem) {
+    static_assert(sizeof(smem.small) % sizeof(uint4) == 0);
+    for (int i = threadIdx.x; i < static_cast<int>(sizeof(smem.small) / sizeof(uint4)); i += kThreads)
+        reinterpret_cast<uint4*>(smem.small)[i] = {};
+    fence_async_proxy();
+}
+
 __global__ void __launch_bounds__(kThreads, 1) fwd_kernel(const __grid_constant__ KernelParams p) {
     extern __shared__ __align__(1024) uint8_t shared[];
     SharedStorage& smem = *reinterpret_cast<SharedStorage*>(shared);
@@ -27,6 +35,7 @@ __global__ void __launch_bounds__(kThreads, 1) fwd_kernel(const __grid_constant_
         fence_mbarrier_init();
     }
     Preparer::fill_gate_offset(p, find_chain(p, blockIdx.x), smem);
+    clear_small_factors(smem);
     __syncthreads();
 
     const int warpgroup = threadIdx.x / kWarpgroup;

@@ -1,13 +1,17 @@
 // Prepare: from a chunk's q, k, g and beta to the factors of its step, in place, by one warp.
 //
-//   k^, q^   unit keys and queries                                G     inclusive cumulative sum of the gates, base 2
-//   kd = k^ 2^G    ki = k^ 2^-G    qd = q^ 2^G                    kr = k^ 2^(G_end - G)    E = 2^G_end
-//   T = (I + tril(diag(beta) kd ki', -1))^-1 diag(beta)           Z = tril(qd ki')
-//   W = T kd
+//   G    inclusive cumulative sum of the gates, base 2                   D     diag(1 / |k|)
+//   kd = k 2^G    ki = k 2^-G    qd = q 2^G    kr = k 2^(G_end - G)      E     2^G_end
+//   L  = tril(kd ki', -1)                                                Z     tril(qd ki')
+//   T  = (I + diag(beta) D^2 L)^-1 diag(beta) D                          W     T D kd
 //
-// and what leaves is [-W | qd - Z W], -[T | Z T], kr and E; the scale waits until the output. Channels go by in blocks of 16.
-// Registers hold [16, 16] blocks in the mma fragment order: lane 4 r + c has rows r and r + 8, columns 2 c, 2 c + 1, 2 c + 8 and
-// 2 c + 9; accumulators of two neighbouring [16, 8] products have just that order, so products chain in registers.
+// All with k and q as they come: no pass over the chunk to find their norms first. Against T and W of unit keys, T and W here
+// have rows divided by |k|, so that the residual R = T v - W S comes out divided by |k| as well, which is just what Z and kr, too long by
+// |k|, want of it; and q's norm joins the scale at the output. The norms appear only in [16]-vectors.
+//
+// Channels go by in blocks of 16. Registers hold [16, 16] blocks in the mma fragment order: lane 4 r + c has rows r and r + 8, columns
+// 2 c, 2 c + 1, 2 c + 8 and 2 c + 9; accumulators of two neighbouring [16, 8] products have just that order, so products chain in
+// registers.
 #pragma once
 
 #include "kernel_params.h"
@@ -26,6 +30,7 @@ public:
           gate_slope(find_gate_slope(p, chain)),
           // No bound of zero, so that its inverse times 2^y is never infinity times zero; so small a gate is zero all the same.
           inverse_bound(resident(rcp_approx(fminf(p.lower_bound * kLog2E, -1e-36f)))),
+          scale(p.scale),
           lane(threadIdx.x % 32),
           r(lane / 4),
           c(lane % 4),
@@ -51,24 +56,27 @@ public:
             smem.gate_offset[channel] = find_gate_slope(p, chain) * p.dt_bias[chain.head * kDim + channel];
     }
 
-    // `valid` tokens of the chunk are the sequence's own; the rest must leave no trace. Lane l holds token l's beta.
-    __device__ __forceinline__ void prepare(Stage& stage, SmallFactors& small, float beta_logit, int valid) const {
+    // `valid` tokens of the chunk are the sequence's own; the rest must leave no trace. Lane l holds token l's beta, a bf16.
+    // `meanwhile` is called once most of the work is done.
+    template <class Meanwhile>
+    __device__ __forceinline__ void prepare(Stage& stage, SmallFactors& small, uint32_t beta_logit, int valid, Meanwhile meanwhile) const {
         if (valid < kChunk)
             clear_tail(stage, valid);
-        float q_norm[2], k_norm[2];
-        inverse_norms(stage, q_norm, k_norm);
-        float L[2][4] = {}, Z[2][4] = {};
+        float L[2][4] = {}, Z[2][4] = {}, k_squares[2] = {}, q_squares[2] = {};
 #pragma unroll 1
         for (int block = 0; block < kBlocks; ++block)
-            elementwise(stage, small, block, q_norm, k_norm, L, Z);
-        solve(small, L, Z, lane < valid ? rcp_approx(1.0f + exp2_approx(-kLog2E * beta_logit)) : 0.0f);
-        products(stage, small);
+            elementwise(stage, small, block, k_squares, q_squares, L, Z);
+        const float beta = lane < valid ? rcp_approx(1.0f + exp2_approx(-kLog2E * low_bf16(beta_logit))) : 0.0f;
+        normalise(small, k_squares, q_squares, beta, L, Z);
+        solve(small);
+        meanwhile();
+        products(stage);
     }
 
 private:
     PrepareScratch& scratch;
     const float* gate_offset;
-    const float gate_slope, inverse_bound;
+    const float gate_slope, inverse_bound, scale;
     const int lane, r, c;
     const uint32_t first_block_offset;
     float ones_first[4], ones_last[4];   // ones on and under the diagonal of [16, 16]: columns of the first and last 8 tokens
@@ -90,27 +98,7 @@ private:
         __syncwarp();
     }
 
-    // 1 / norms of rows r and r + 8. The squares are the diagonals of q q' and k k'.
-    __device__ __forceinline__ void inverse_norms(const Stage& stage, float (&q_norm)[2], float (&k_norm)[2]) const {
-        float squares[2][2][4] = {};   // [k, q][with rows 0-7, with rows 8-15]
-        for (int block = 0; block < kBlocks; ++block)
-            for (int tensor = 0; tensor < 2; ++tensor) {
-                uint32_t x[4];
-                ldmatrix_x4(x, smem_address(&stage.kq[block / 4][tensor]) + block_offset(block));
-                mma_m16n8k16(squares[tensor][0], x, x[0], x[2]);
-                mma_m16n8k16(squares[tensor][1], x, x[1], x[3]);
-            }
-        const int owner = 4 * r + r / 2;   // of the diagonal's elements in rows r and r + 8
-        const auto inverse_norm = [&](float even, float odd) {
-            return rsqrt_approx(__shfl_sync(~0u, r % 2 ? odd : even, owner) + kNormEpsilon);
-        };
-        k_norm[0] = inverse_norm(squares[0][0][0], squares[0][0][1]);
-        k_norm[1] = inverse_norm(squares[0][1][2], squares[0][1][3]);
-        q_norm[0] = inverse_norm(squares[1][0][0], squares[1][0][1]);
-        q_norm[1] = inverse_norm(squares[1][1][2], squares[1][1][3]);
-    }
-
-    // The cumulated gates of 8 channels, as an accumulator: [16, 16] ones on and under the diagonal @ gate, on the tensor cores. Its
+    // kShift + the cumulated gates of 8 channels, as an accumulator: [16, 16] ones on and under the diagonal @ gate, on the tensor cores. Its
     // columns are taken in the order of the tokens that a lane holds. tf32 cuts 2^-11 off a gate, which next to bf16 factors does
     // not show.
     __device__ __forceinline__ void cumulate(uint32_t first_tokens, uint32_t last_tokens, int channel, float (&G)[4]) const {
@@ -122,14 +110,14 @@ private:
             gate[i] = rcp_approx(fmaf(exp2_approx(y), inverse_bound, inverse_bound));
         }
         for (float& x : G)
-            x = 0.0f;
+            x = kShift;
         mma_m16n8k8_tf32(G, ones_first, gate[0], gate[1]);
         mma_m16n8k8_tf32(G, ones_last, gate[2], gate[3]);
     }
 
-    // One block: kd, qd and kr in place of k, q and g; E; the block's share of L = kd ki' and Z = qd ki'.
-    __device__ __forceinline__ void elementwise(Stage& stage, SmallFactors& small, int block, const float (&q_norm)[2],
-                                                const float (&k_norm)[2], float (&L)[2][4], float (&Z)[2][4]) const {
+    // One block: kd, qd and kr in place of k, q and g; E; the block's share of |k|^2, |q|^2, L and Z.
+    __device__ __forceinline__ void elementwise(Stage& stage, SmallFactors& small, int block, float (&k_squares)[2], float (&q_squares)[2],
+                                                float (&L)[2][4], float (&Z)[2][4]) const {
         const uint32_t k_address = smem_address(&stage.kq[block / 4][0]) + block_offset(block);
         const uint32_t q_address = k_address + kHalfTileBytes;
         const uint32_t g_address = smem_address(&stage.g[block / 4]) + block_offset(block);
@@ -149,13 +137,14 @@ private:
                 E[j][i] = __shfl_sync(~0u, up[2 + i], 28 + c);
             for (int h = 0; h < 2; ++h) {
                 const int x = 2 * j + h;
-                const float up0 = up[2 * h], up1 = up[2 * h + 1];
-                const float k0 = low_bf16(k[x]) * k_norm[h], k1 = high_bf16(k[x]) * k_norm[h];
+                const float k0 = low_bf16(k[x]), k1 = high_bf16(k[x]), q0 = low_bf16(q[x]), q1 = high_bf16(q[x]);
+                k_squares[h] = fmaf(k0, k0, fmaf(k1, k1, k_squares[h]));
+                q_squares[h] = fmaf(q0, q0, fmaf(q1, q1, q_squares[h]));
+                kd[x] = pack_bf16(k0 * up[2 * h], k1 * up[2 * h + 1]);
+                qd[x] = pack_bf16(q0 * up[2 * h], q1 * up[2 * h + 1]);
                 const float ki0 = k0 * exp2_approx(-G[2 * h]), ki1 = k1 * exp2_approx(-G[2 * h + 1]);
-                kd[x] = pack_bf16(k0 * up0, k1 * up1);
                 ki[x] = pack_bf16(ki0, ki1);
                 kr[x] = pack_bf16(ki0 * E[j][0], ki1 * E[j][1]);
-                qd[x] = pack_bf16(low_bf16(q[x]) * q_norm[h] * up0, high_bf16(q[x]) * q_norm[h] * up1);
             }
         }
         __syncwarp();   // every lane has its part of the input
@@ -163,36 +152,50 @@ private:
         stmatrix_x4(k_address, kd);
         stmatrix_x4(q_address, qd);
         if (r == 0)
-            *reinterpret_cast<float4*>(&small.e[c][block * 4]) = {E[0][0], E[0][1], E[1][0], E[1][1]};
+            *reinterpret_cast<float4*>(&small.e[c][block * 4]) = {E[0][0] * kUnshift, E[0][1] * kUnshift, E[1][0] * kUnshift,
+                                                                  E[1][1] * kUnshift};
         for (int n = 0; n < 2; ++n) {
             mma_m16n8k16(L[n], kd, ki[n], ki[2 + n]);
             mma_m16n8k16(Z[n], qd, ki[n], ki[2 + n]);
         }
     }
 
-    // -[T; Z T] = [I; Z] (I + A)^-1 diag(-beta), A = tril(diag(beta) L, -1): one row a lane, by substitution from the last column
-    // to the first, in fp32 (a product form of the inverse cancels badly where keys repeat).
-    __device__ __forceinline__ void solve(SmallFactors& small, const float (&L)[2][4], const float (&Z)[2][4], float beta) const {
-        __syncwarp();   // the previous chunk's scratch has been read
-        const float beta_of[2] = {__shfl_sync(~0u, beta, r), __shfl_sync(~0u, beta, r + 8)};
-        for (int n = 0; n < 2; ++n)
-            for (int h = 0; h < 2; ++h) {
-                const int row = r + 8 * h, column = 8 * n + 2 * c;
-                *reinterpret_cast<float2*>(&scratch.a[row][column]) = {beta_of[h] * L[n][2 * h], beta_of[h] * L[n][2 * h + 1]};
-                *reinterpret_cast<float2*>(&scratch.z[row][column]) = {column <= row ? Z[n][2 * h] : 0.0f,
-                                                                       column + 1 <= row ? Z[n][2 * h + 1] : 0.0f};
+    // Z, and what `solve` works on.
+    __device__ __forceinline__ void normalise(SmallFactors& small, const float (&k_squares)[2], const float (&q_squares)[2], float beta,
+                                              const float (&L)[2][4], const float (&Z)[2][4]) const {
+        const auto inverse_norm = [](float squares) {   // of a row, from its four lanes
+            squares += __shfl_xor_sync(~0u, squares, 1);
+            squares += __shfl_xor_sync(~0u, squares, 2);
+            return rsqrt_approx(squares + kNormEpsilon);
+        };
+        uint32_t z[4];
+        for (int h = 0; h < 2; ++h) {
+            const int row = r + 8 * h;
+            const float k_norm = inverse_norm(k_squares[h]), q_norm = inverse_norm(q_squares[h]);
+            const float beta_d = __shfl_sync(~0u, beta, row) * k_norm, beta_d2 = beta_d * k_norm;
+            for (int n = 0; n < 2; ++n) {
+                const int column = 8 * n + 2 * c;
+                *reinterpret_cast<float2*>(&scratch.a[row][column]) = {beta_d2 * L[n][2 * h], beta_d2 * L[n][2 * h + 1]};
+                // qd went into O with its shift, and Z follows it; `out_scale` takes it back from both.
+                constexpr float kUp = 1 << kShift;
+                z[2 * n + h] = pack_bf16(column <= row ? Z[n][2 * h] * kUp : 0.0f, column + 1 <= row ? Z[n][2 * h + 1] * kUp : 0.0f);
             }
-        if (lane < kChunk)
-            scratch.minus_beta[lane] = -beta;
-        __syncwarp();
-
-        float y[kChunk];
-        for (int j = 0; j < kChunk; j += 4) {
-            const float4 z = *reinterpret_cast<const float4*>(&scratch.z[lane % kChunk][j]);
-            const float zs[4] = {z.x, z.y, z.z, z.w};
-            for (int i = 0; i < 4; ++i)
-                y[j + i] = lane < kChunk ? (lane == j + i ? 1.0f : 0.0f) : zs[i];
+            if (c == 0) {
+                scratch.columns[0][row] = beta_d;
+                scratch.columns[1][row] = -beta_d2 * kUnshift;   // of -W, from kd with its shift
+                small.out_scale[row] = scale * q_norm * kUnshift;
+            }
         }
+        stmatrix_x4(smem_address(small.z) + lane * 16, z);
+        __syncwarp();
+    }
+
+    // T, twice over with different scales of its columns: one row a lane, by substitution from the last column to the first, in fp32 (a
+    // product form of the inverse cancels badly where keys repeat). Row i of (I + A)^-1 is the y with y (I + A) = row i of I.
+    __device__ __forceinline__ void solve(SmallFactors& small) const {
+        float y[kChunk];
+        for (int j = 0; j < kChunk; ++j)
+            y[j] = lane % kChunk == j ? 1.0f : 0.0f;
         for (int j = kChunk - 1; j > 0; --j)
             for (int i = 0; i < j; i += 4) {
                 const float4 a = *reinterpret_cast<const float4*>(&scratch.a[j][i]);
@@ -200,70 +203,71 @@ private:
                 for (int x = 0; x < 4 && i + x < j; ++x)
                     y[i + x] = fmaf(-y[j], as[x], y[i + x]);
             }
-        const uint32_t address = smem_address(small.minus_t) + lane / 8 * 128 + lane % 8 * 16;
+        const float* columns = scratch.columns[lane / kChunk];
+        const uint32_t address = smem_address(lane < kChunk ? small.t : scratch.t_for_w) + lane % kChunk * 16;
+        const int column_bytes = lane < kChunk ? kTColumnBytes : kZColumnBytes;
         for (int h = 0; h < 2; ++h) {
             uint32_t packed[4];
             for (int i = 0; i < 4; ++i) {
-                const float2 minus_beta = *reinterpret_cast<const float2*>(&scratch.minus_beta[8 * h + 2 * i]);
-                packed[i] = pack_bf16(y[8 * h + 2 * i] * minus_beta.x, y[8 * h + 2 * i + 1] * minus_beta.y);
+                const float2 column = *reinterpret_cast<const float2*>(&columns[8 * h + 2 * i]);
+                packed[i] = pack_bf16(y[8 * h + 2 * i] * column.x, y[8 * h + 2 * i + 1] * column.y);
             }
-            store_shared_16_bytes(address + h * kTColumnBytes, packed);
+            store_shared_16_bytes(address + h * column_bytes, packed);
         }
+        __syncwarp();
     }
 
-    // [-W | qd - Z W] = [0 | qd] - [T | Z T] kd, in place of kd and qd.
-    __device__ __forceinline__ void products(Stage& stage, const SmallFactors& small) const {
-        __syncwarp();
-        uint32_t minus_T[4], minus_ZT[4];
-        const uint32_t address = smem_address(small.minus_t) + lane / 16 * kTColumnBytes + lane % 16 * 16;
-        ldmatrix_x4(minus_T, address);
-        ldmatrix_x4(minus_ZT, address + kTColumnBytes / 2);
+    // -W in place of kd.
+    __device__ __forceinline__ void products(Stage& stage) const {
+        uint32_t minus_T[4];
+        ldmatrix_x4(minus_T, smem_address(scratch.t_for_w) + lane * 16);
         for (int block = 0; block < kBlocks; ++block) {
-            const uint32_t kd_address = smem_address(&stage.kq[block / 4][0]) + block_offset(block);
-            const uint32_t qd_address = kd_address + kHalfTileBytes;
-            uint32_t kd[4], qd[4], minus_W[4];
-            ldmatrix_x4_trans(kd, kd_address);
-            ldmatrix_x4(qd, qd_address);
+            const uint32_t address = smem_address(&stage.kq[block / 4][0]) + block_offset(block);
+            uint32_t kd[4], minus_W[4];
+            ldmatrix_x4_trans(kd, address);
             for (int j = 0; j < 2; ++j) {
-                float w[4] = {}, q[4] = {low_bf16(qd[2 * j]), high_bf16(qd[2 * j]), low_bf16(qd[2 * j + 1]), high_bf16(qd[2 * j + 1])};
+                float w[4] = {};
                 mma_m16n8k16(w, minus_T, kd[2 * j], kd[2 * j + 1]);
-                mma_m16n8k16(q, minus_ZT, kd[2 * j], kd[2 * j + 1]);
                 minus_W[2 * j] = pack_bf16(w[0], w[1]);
                 minus_W[2 * j + 1] = pack_bf16(w[2], w[3]);
-                qd[2 * j] = pack_bf16(q[0], q[1]);
-                qd[2 * j + 1] = pack_bf16(q[2], q[3]);
             }
             __syncwarp();
-            stmatrix_x4(kd_address, minus_W);
-            stmatrix_x4(qd_address, qd);
+            stmatrix_x4(address, minus_W);
         }
     }
 };
 
-// One warp's part of a chain: every kPrepareWarps-th chunk, from loading to handing over. While it waits for its load the other
-// warps compute; to ask for the next chunk early was slower, since a stage that is free so early is rare, and waiting for one
-// holds up the chunk in hand.
+// One warp's part of a chain: every kPrepareWarps-th chunk, from loading to handing over.
 __device__ __forceinline__ void prepare_chain(const KernelParams& p, const Chain& chain, SharedStorage& smem, int warp) {
     const Preparer preparer(p, chain, smem, smem.scratch[warp]);
     const int lane = threadIdx.x % 32;
     RingCursor<kStages> ring;
     ring.advance(warp);
-    for (int chunk = warp; chunk < chain.chunks(); chunk += kPrepareWarps) {
-        const int valid = chain.length - chunk * kChunk;
-        Stage& stage = smem.stages[ring.slot];
-        uint64_t& loaded = smem.loaded[ring.slot];
+    // Asks for a chunk once its stage is free, and returns this lane's beta of it.
+    const auto load = [&](int chunk) -> uint32_t {
+        if (chunk >= chain.chunks())
+            return 0;
         mbarrier_wait(smem.empty[ring.slot], ring.phase ^ 1);   // passes in the first turn
         if (elect_one())
-            load_chunk(p, chain, chunk, stage, loaded);
-        const int token = chunk * kChunk + min(lane, min(valid, kChunk) - 1);
-        const float beta = __bfloat162float(p.beta[(chain.first_row + token) * p.heads + chain.head]);
-        mbarrier_wait(loaded, ring.phase);
-        preparer.prepare(stage, smem.small[ring.slot], beta, valid);
+            load_chunk(p, chain, chunk, smem.stages[ring.slot], smem.loaded[ring.slot]);
+        const int token = min(chunk * kChunk + lane % kChunk, chain.length - 1);
+        return load_global_bf16(p.beta + (chain.first_row + token) * p.heads + chain.head);
+    };
+    uint32_t next_beta = load(warp);
+    for (int chunk = warp; chunk < chain.chunks(); chunk += kPrepareWarps) {
+        const int slot = ring.slot;
+        const uint32_t beta = next_beta;
+        mbarrier_wait(smem.loaded[slot], ring.phase);
+        // The next chunk is asked for early, to have landed by its turn. Its stage was that of a chunk which the recurrence gets to
+        // without waiting for this one: kStages > kPrepareWarps.
+        preparer.prepare(smem.stages[slot], smem.small[slot], beta, chain.length - chunk * kChunk, [&] {
+            ring.advance(kPrepareWarps);
+            next_beta = load(chunk + kPrepareWarps);
+        });
         fence_async_proxy();
         __syncwarp();
         if (lane == 0)
-            mbarrier_arrive(smem.ready[ring.slot]);
-        ring.advance(kPrepareWarps);
+            mbarrier_arrive(smem.ready[slot]);
     }
 }
 

@@ -60,6 +60,25 @@ __device__ __forceinline__ bool elect_one() {
 // Orders this thread's shared-memory stores before later reads by wgmma.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// ---- single loads and stores
+
+// A bf16 in the low half of a register. Unlike a load into a 16-bit variable, nothing waits for it before it is used.
+__device__ __forceinline__ uint32_t load_global_bf16(const __nv_bfloat16* p) {
+    uint32_t d;
+    asm volatile("ld.global.nc.u16 %0, [%1];" : "=r"(d) : "l"(p));
+    return d;
+}
+
+__device__ __forceinline__ uint4 load_shared_16_bytes(uint32_t address) {
+    uint4 d;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(d.x), "=r"(d.y), "=r"(d.z), "=r"(d.w) : "r"(address) : "memory");
+    return d;
+}
+
+__device__ __forceinline__ void store_shared_16_bytes(uint32_t address, const uint32_t (&x)[4]) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
+}
+
 // ---- 8x8 bf16 matrices between shared memory and registers
 
 __device__ __forceinline__ void ldmatrix_x4(uint32_t* d, uint32_t address) {
@@ -86,16 +105,6 @@ __device__ __forceinline__ void stmatrix_x4_trans(uint32_t address, const uint32
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x[0]), "r"(x[1]),
                  "r"(x[2]), "r"(x[3])
                  : "memory");
-}
-
-__device__ __forceinline__ uint4 load_shared_16_bytes(uint32_t address) {
-    uint4 d;
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(d.x), "=r"(d.y), "=r"(d.z), "=r"(d.w) : "r"(address) : "memory");
-    return d;
-}
-
-__device__ __forceinline__ void store_shared_16_bytes(uint32_t address, const uint32_t (&x)[4]) {
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
 }
 
 // d[16, 8] += a[16, 16] b[16, 8]

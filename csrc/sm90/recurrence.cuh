@@ -1,8 +1,9 @@
 // The recurrence: the serial part, one warpgroup for kHalf of the value channels. Its state S [64 value channels, K] stays in
 // fp32 accumulators from the first token to the last. A step, with S_b the bf16 copy of S (already in the A operand's order):
 //
-//   [R | O / scale]' = S_b [-W | qd - Z W]' + v' [T | Z T]'      one chain of m64n32k16
-//   S                = S diag(E) + R kr                           one m64n128k16
+//   [R | O]' = S_b [-W | qd]' + v' [T | 0]'      one chain of m64n32k16
+//   O'      += R' Z'                              one m64n16k16
+//   S        = S diag(E) + R' kr                  one m64n128k16
 #pragma once
 
 #include "kernel_params.h"
@@ -126,15 +127,16 @@ __device__ __forceinline__ void recur_chain(const KernelParams& p, const Chain& 
         uint32_t v[4];
         load_v(stage.v[group], warp, lane, v);   // landed before the chunk was prepared
 
-        const uint64_t minus_t = matrix_descriptor(small.minus_t, LayoutType::INTERLEAVE, kTColumnBytes, 128);
+        const uint64_t t = matrix_descriptor(small.t, LayoutType::INTERLEAVE, kTColumnBytes, 128);
         const uint64_t w = matrix_descriptor(stage.kq, LayoutType::B128, 0, 8 * 128);
+        const uint64_t z = matrix_descriptor(small.z, LayoutType::INTERLEAVE, kZColumnBytes, 128);
         const uint64_t kr = matrix_descriptor(stage.g, LayoutType::B128, kHalfTileBytes, 8 * 128);
 
         float RO[16];   // R in the first half, O in the second
         fence_operands(RO);
         cute::warpgroup_arrive();
-        wgmma<MinusStepAtom>(RO, v, minus_t, ScaleOut::Zero);
-        for (int s = 0; s < kDim / 16; ++s)   // 16 channels are 32 bytes of a swizzled row
+        wgmma<StepAtom>(RO, v, t, ScaleOut::Zero);
+        for (int s = 0; s < kBlocks; ++s)   // 16 channels are 32 bytes of a swizzled row
             wgmma<StepAtom>(RO, S_b + 4 * s, w + ((s / 4 * 2 * kHalfTileBytes + s % 4 * 32) >> 4));
         cute::warpgroup_commit_batch();
 
@@ -150,15 +152,25 @@ __device__ __forceinline__ void recur_chain(const KernelParams& p, const Chain& 
         cute::warpgroup_wait<0>();
         fence_operands(RO);
         uint32_t R[4];
+        float O_new[8];
         for (int i = 0; i < 4; ++i)
             R[i] = pack_bf16(RO[2 * i], RO[2 * i + 1]);
+        for (int i = 0; i < 8; ++i)
+            O_new[i] = RO[8 + i];
+        fence_operands(O_new);
         cute::warpgroup_arrive();
         wgmma<UpdateAtom>(S, R, kr);
+        wgmma<OutputAtom>(O_new, R, z);
         cute::warpgroup_commit_batch();
-        for (int i = 0; i < 4; ++i)
-            O[i] = pack_bf16(p.scale * RO[8 + 2 * i], p.scale * RO[8 + 2 * i + 1]);
+        const float2 scale_low = *reinterpret_cast<const float2*>(&small.out_scale[2 * c]);
+        const float2 scale_high = *reinterpret_cast<const float2*>(&small.out_scale[2 * c + 8]);
         cute::warpgroup_wait<0>();
         fence_operands(S);
+        fence_operands(O_new);
+        for (int i = 0; i < 2; ++i) {
+            O[i] = pack_bf16(O_new[2 * i] * scale_low.x, O_new[2 * i + 1] * scale_low.y);
+            O[2 + i] = pack_bf16(O_new[4 + 2 * i] * scale_high.x, O_new[5 + 2 * i] * scale_high.y);
+        }
         if (lane == 0)
             mbarrier_arrive(smem.empty[ring.slot]);
         ring.advance();

@@ -21,7 +21,7 @@ constexpr int kHalfTileBytes = sizeof(HalfTile);
 // A chunk, from raw input to the factors of its step, which take the place of the input they came from.
 //
 //          copy engine writes     prepare makes of it, for wgmma
-//   kq     k over q, by halves    [-W over qd - Z W]: B [2 kChunk, K], K-major      (in between: kd over qd)
+//   kq     k over q, by halves    [-W over qd]: B [2 kChunk, K], K-major     (in between: kd over qd)
 //   g      gate logits            kr: B [kChunk, K], N-major
 //   v      v                      left alone; the recurrence takes it as A through registers
 struct Stage {
@@ -30,18 +30,21 @@ struct Stage {
     HalfTile v[kHalves];
 };
 
-// The rest of a chunk's factors.
+// The rest of a chunk's factors. wgmma takes t and z as B, K-major without swizzle: 8x8 matrices of 128 bytes, [k / 8][n / 8].
 struct SmallFactors {
-    bf16 minus_t[2 * kChunk * kChunk];   // -[T over Z T]: wgmma B, K-major without swizzle: 8x8 matrices of 128 bytes, [k / 8][n / 8]
-    float e[4][36];                      // E in the order of the accumulators: [lane % 4][channel / 8][2]; rows kept apart in banks
+    bf16 t[2 * kChunk * kChunk];   // [T over 0]: what v adds to [R | O]
+    bf16 z[kChunk * kChunk];       // Z
+    float e[4][36];                // E in the order of the accumulators: [lane % 4][channel / 8][2]; rows kept apart in banks
+    float out_scale[kChunk];       // scale / |q|
 };
-constexpr int kTColumnBytes = 2 * kChunk * 8 * 2;   // one k / 8 column of matrices in minus_t
+constexpr int kTColumnBytes = 2 * kChunk * 8 * 2;   // one k / 8 column of matrices in t
+constexpr int kZColumnBytes = kChunk * 8 * 2;       // and in z
 
 // One prepare warp's own.
 struct PrepareScratch {
-    float a[kChunk][kChunk + 4];   // diag(beta) L; only what lies under the diagonal is read
-    float z[kChunk][kChunk + 4];   // Z, zero above the diagonal
-    float minus_beta[kChunk];
+    float a[kChunk][kChunk + 4];      // the system that T solves; only what lies under the diagonal is read
+    alignas(16) float columns[2][kChunk];   // scales of T's columns: as the recurrence wants it, and as W = T kd does
+    alignas(16) bf16 t_for_w[kChunk * kChunk];
 };
 
 struct SharedStorage {

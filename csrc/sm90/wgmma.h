@@ -1,4 +1,4 @@
-// The two warpgroup products of the recurrence, A in registers and B in shared memory, through CuTe's atoms.
+// The warpgroup products of the recurrence, A in registers and B in shared memory, through CuTe's atoms.
 #pragma once
 
 #include <cute/arch/mma_sm90_gmma.hpp>
@@ -12,7 +12,6 @@ namespace flash_kda::sm90 {
 
 using cute::SM90::GMMA::LayoutType;
 using cute::SM90::GMMA::Major;
-using cute::SM90::GMMA::ScaleIn;
 using cute::SM90::GMMA::ScaleOut;
 
 // Offsets in bytes. K-major: `leading` from one 16-byte column of 8x8 matrices to the next (unused when swizzled), `stride` from
@@ -35,7 +34,7 @@ __device__ __forceinline__ void wgmma(float (&d)[kRegisters], const uint32_t* a,
 }
 
 using StepAtom = cute::SM90::GMMA::MMA_64x32x16_F32BF16BF16_RS<Major::K, Major::K>;
-using MinusStepAtom = cute::SM90::GMMA::MMA_64x32x16_F32BF16BF16_RS<Major::K, Major::K, ScaleIn::Neg>;
+using OutputAtom = cute::SM90::GMMA::MMA_64x16x16_F32BF16BF16_RS<Major::K, Major::K>;
 using UpdateAtom = cute::SM90::GMMA::MMA_64x128x16_F32BF16BF16_RS<Major::K, Major::MN>;
 
 template <int kRegisters>
