@@ -23,18 +23,20 @@ constexpr int kThreads = (kPrepareWarps + kRecurrenceWarps) * 32;
 // Registers a thread. A launch gives every thread the same; then prepare hands some to the recurrence, which holds a [64, 128]
 // fp32 state and its bf16 copy.
 constexpr int kLaunchRegisters = 65536 / kThreads;
-constexpr int kPrepareRegisters = 96;
-constexpr int kRecurrenceRegisters = 160;
+constexpr int kPrepareRegisters = 104;
+constexpr int kRecurrenceRegisters = 152;
 static_assert(kPrepareGroups * kPrepareRegisters + kRecurrenceGroups * kRecurrenceRegisters <=
               (kPrepareGroups + kRecurrenceGroups) * kLaunchRegisters);
 
 // Chunks in shared memory: those being loaded or prepared, one a warp, and a few ready for the recurrence.
 constexpr int kStages = kPrepareWarps + 3;
 
-// The cumulated gates carry this many powers of two more than they have, so that kd and qd, as small as e^-80, and ki, as large
-// as e^80, stay inside bf16 and fp32 for keys and queries of any sensible length. It is taken back where it would show.
+// Powers of two that keep products as small as e^-80 and as large as e^80 inside bf16 and fp32, whatever sensible length keys, values
+// and states have. They are exact, and meet only in [16]-vectors: kd and qd are held 2^kShift too large and ki as much too small, the
+// residual R 2^kShift too small and the state 4^kShift too small.
 constexpr int kShift = 16;
-constexpr float kUnshift = 1.0f / (1 << kShift);
+constexpr float kShiftUp = 1 << kShift;
+constexpr float kStateUp = kShiftUp * kShiftUp;
 
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kNormEpsilon = 1e-6f;

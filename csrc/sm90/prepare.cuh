@@ -1,13 +1,14 @@
 // Prepare: from a chunk's q, k, g and beta to the factors of its step, in place, by one warp.
 //
 //   G    inclusive cumulative sum of the gates, base 2                   D     diag(1 / |k|)
-//   kd = k 2^G    ki = k 2^-G    qd = q 2^G    kr = k 2^(G_end - G)      E     2^G_end
+//   kd = k 2^G    ki = k 2^-G    qd = q 2^G                              E     2^G_end
 //   L  = tril(kd ki', -1)                                                Z     tril(qd ki')
 //   T  = (I + diag(beta) D^2 L)^-1 diag(beta) D                          W     T D kd
 //
 // All with k and q as they come: no pass over the chunk to find their norms first. Against T and W of unit keys, T and W here
-// have rows divided by |k|, so that the residual R = T v - W S comes out divided by |k| as well, which is just what Z and kr, too long by
-// |k|, want of it; and q's norm joins the scale at the output. The norms appear only in [16]-vectors.
+// have rows divided by |k|, so that the residual R = T v - W S comes out divided by |k| as well, which is just what Z and ki, too long by
+// |k|, want of it; and q's norm joins the scale at the output. The norms appear only in [16]-vectors. There is no kr = ki E either:
+// the recurrence adds R' ki to the state before it lets the state decay.
 //
 // Channels go by in blocks of 16. Registers hold [16, 16] blocks in the mma fragment order: lane 4 r + c has rows r and r + 8, columns
 // 2 c, 2 c + 1, 2 c + 8 and 2 c + 9; accumulators of two neighbouring [16, 8] products have just that order, so products chain in
@@ -37,6 +38,7 @@ public:
           first_block_offset(lane % 16 * 128 + ((lane / 16 ^ lane % 8) << 4)) {
         for (int i = 0; i < 4; ++i) {
             const int row = r + i % 2 * 8, token = 2 * c + i / 2;
+            shift[i] = resident(kShift);
             ones_first[i] = resident(token <= row ? 1.0f : 0.0f);
             ones_last[i] = resident(token + 8 <= row ? 1.0f : 0.0f);
         }
@@ -63,9 +65,18 @@ public:
         if (valid < kChunk)
             clear_tail(stage, valid);
         float L[2][4] = {}, Z[2][4] = {}, k_squares[2] = {}, q_squares[2] = {};
+        // A block's gates are cumulated beside the previous block's products: two chains of dependent instructions instead of one.
+        float G[2][4], next_G[2][4];
+        cumulated_gates(stage, 0, G);
 #pragma unroll 1
-        for (int block = 0; block < kBlocks; ++block)
-            elementwise(stage, small, block, k_squares, q_squares, L, Z);
+        for (int block = 0; block < kBlocks - 1; ++block) {
+            cumulated_gates(stage, block + 1, next_G);
+            elementwise(stage, small, block, G, k_squares, q_squares, L, Z);
+            for (int j = 0; j < 2; ++j)
+                for (int i = 0; i < 4; ++i)
+                    G[j][i] = next_G[j][i];
+        }
+        elementwise(stage, small, kBlocks - 1, G, k_squares, q_squares, L, Z);
         const float beta = lane < valid ? rcp_approx(1.0f + exp2_approx(-kLog2E * low_bf16(beta_logit))) : 0.0f;
         normalise(small, k_squares, q_squares, beta, L, Z);
         solve(small);
@@ -79,6 +90,7 @@ private:
     const float gate_slope, inverse_bound, scale;
     const int lane, r, c;
     const uint32_t first_block_offset;
+    float shift[4];                      // kShift
     float ones_first[4], ones_last[4];   // ones on and under the diagonal of [16, 16]: columns of the first and last 8 tokens
 
     // ldmatrix.x4 and stmatrix.x4 take a [16, 16] block as its quarters (rows 0-7, columns 0-7), (rows 8-15, columns 0-7), (rows 0-7,
@@ -98,62 +110,54 @@ private:
         __syncwarp();
     }
 
-    // kShift + the cumulated gates of 8 channels, as an accumulator: [16, 16] ones on and under the diagonal @ gate, on the tensor cores. Its
-    // columns are taken in the order of the tokens that a lane holds. tf32 cuts 2^-11 off a gate, which next to bf16 factors does
+    // kShift + the cumulated gates of a block, as two accumulators: [16, 16] ones on and under the diagonal @ gate, on the tensor cores.
+    // Its columns are taken in the order of the tokens that a lane holds. tf32 cuts 2^-11 off a gate, which next to bf16 factors does
     // not show.
-    __device__ __forceinline__ void cumulate(uint32_t first_tokens, uint32_t last_tokens, int channel, float (&G)[4]) const {
-        const float offset = gate_offset[channel];
-        const float logits[4] = {low_bf16(first_tokens), high_bf16(first_tokens), low_bf16(last_tokens), high_bf16(last_tokens)};
-        float gate[4];   // tokens 2 c, 2 c + 1, 2 c + 8, 2 c + 9
-        for (int i = 0; i < 4; ++i) {
-            const float y = fmaf(gate_slope, logits[i], offset);
-            gate[i] = rcp_approx(fmaf(exp2_approx(y), inverse_bound, inverse_bound));
+    __device__ __forceinline__ void cumulated_gates(const Stage& stage, int block, float (&G)[2][4]) const {
+        uint32_t g[4];   // of 8 channels each, tokens 2 c and 2 c + 1, 2 c + 8 and 2 c + 9
+        ldmatrix_x4_trans(g, smem_address(&stage.g[block / 4]) + block_offset(block));
+        for (int j = 0; j < 2; ++j) {
+            const float offset = gate_offset[block * 16 + j * 8 + r];
+            float gate[4];
+            for (int i = 0; i < 4; ++i) {
+                const uint32_t pair = g[2 * j + i / 2];
+                const float y = fmaf(gate_slope, i % 2 ? high_bf16(pair) : low_bf16(pair), offset);
+                gate[i] = rcp_approx(fmaf(exp2_approx(y), inverse_bound, inverse_bound));
+            }
+            mma_m16n8k8_tf32(G[j], ones_first, gate[0], gate[1], shift);
+            mma_m16n8k8_tf32(G[j], ones_last, gate[2], gate[3], G[j]);
         }
-        for (float& x : G)
-            x = kShift;
-        mma_m16n8k8_tf32(G, ones_first, gate[0], gate[1]);
-        mma_m16n8k8_tf32(G, ones_last, gate[2], gate[3]);
     }
 
-    // One block: kd, qd and kr in place of k, q and g; E; the block's share of |k|^2, |q|^2, L and Z.
-    __device__ __forceinline__ void elementwise(Stage& stage, SmallFactors& small, int block, float (&k_squares)[2], float (&q_squares)[2],
-                                                float (&L)[2][4], float (&Z)[2][4]) const {
+    // One block: kd, qd and ki in place of k, q and g; E; the block's share of |k|^2, |q|^2, L and Z.
+    __device__ __forceinline__ void elementwise(Stage& stage, SmallFactors& small, int block, const float (&G)[2][4],
+                                                float (&k_squares)[2], float (&q_squares)[2], float (&L)[2][4],
+                                                float (&Z)[2][4]) const {
         const uint32_t k_address = smem_address(&stage.kq[block / 4][0]) + block_offset(block);
         const uint32_t q_address = k_address + kHalfTileBytes;
-        const uint32_t g_address = smem_address(&stage.g[block / 4]) + block_offset(block);
-        uint32_t g[4], k[4], q[4];
-        ldmatrix_x4_trans(g, g_address);
+        uint32_t k[4], q[4], kd[4], ki[4], qd[4];
         ldmatrix_x4(k, k_address);
         ldmatrix_x4(q, q_address);
-
-        uint32_t kd[4], ki[4], qd[4], kr[4];
-        float E[2][2];
-        for (int j = 0; j < 2; ++j) {
-            float G[4], up[4];
-            cumulate(g[2 * j], g[2 * j + 1], block * 16 + j * 8 + r, G);
+        float up[2][4];
+        for (int j = 0; j < 2; ++j)
             for (int i = 0; i < 4; ++i)
-                up[i] = exp2_approx(G[i]);
-            for (int i = 0; i < 2; ++i)   // row 15 closes the chunk
-                E[j][i] = __shfl_sync(~0u, up[2 + i], 28 + c);
-            for (int h = 0; h < 2; ++h) {
-                const int x = 2 * j + h;
-                const float k0 = low_bf16(k[x]), k1 = high_bf16(k[x]), q0 = low_bf16(q[x]), q1 = high_bf16(q[x]);
-                k_squares[h] = fmaf(k0, k0, fmaf(k1, k1, k_squares[h]));
-                q_squares[h] = fmaf(q0, q0, fmaf(q1, q1, q_squares[h]));
-                kd[x] = pack_bf16(k0 * up[2 * h], k1 * up[2 * h + 1]);
-                qd[x] = pack_bf16(q0 * up[2 * h], q1 * up[2 * h + 1]);
-                const float ki0 = k0 * exp2_approx(-G[2 * h]), ki1 = k1 * exp2_approx(-G[2 * h + 1]);
-                ki[x] = pack_bf16(ki0, ki1);
-                kr[x] = pack_bf16(ki0 * E[j][0], ki1 * E[j][1]);
-            }
+                up[j][i] = exp2_approx(G[j][i]);
+        for (int x = 0; x < 4; ++x) {
+            const int j = x / 2, h = x % 2;
+            const float k0 = low_bf16(k[x]), k1 = high_bf16(k[x]), q0 = low_bf16(q[x]), q1 = high_bf16(q[x]);
+            k_squares[h] = fmaf(k0, k0, fmaf(k1, k1, k_squares[h]));
+            q_squares[h] = fmaf(q0, q0, fmaf(q1, q1, q_squares[h]));
+            kd[x] = pack_bf16(k0 * up[j][2 * h], k1 * up[j][2 * h + 1]);
+            qd[x] = pack_bf16(q0 * up[j][2 * h], q1 * up[j][2 * h + 1]);
+            ki[x] = pack_bf16(k0 * exp2_approx(-G[j][2 * h]), k1 * exp2_approx(-G[j][2 * h + 1]));
         }
         __syncwarp();   // every lane has its part of the input
-        stmatrix_x4(g_address, kr);
+        stmatrix_x4(smem_address(&stage.g[block / 4]) + block_offset(block), ki);
         stmatrix_x4(k_address, kd);
         stmatrix_x4(q_address, qd);
-        if (r == 0)
-            *reinterpret_cast<float4*>(&small.e[c][block * 4]) = {E[0][0] * kUnshift, E[0][1] * kUnshift, E[1][0] * kUnshift,
-                                                                  E[1][1] * kUnshift};
+        if (r == 7)   // row 15 closes the chunk
+            *reinterpret_cast<float4*>(&small.e[c][block * 4]) = {up[0][2] / kShiftUp, up[0][3] / kShiftUp, up[1][2] / kShiftUp,
+                                                                  up[1][3] / kShiftUp};
         for (int n = 0; n < 2; ++n) {
             mma_m16n8k16(L[n], kd, ki[n], ki[2 + n]);
             mma_m16n8k16(Z[n], qd, ki[n], ki[2 + n]);
@@ -176,14 +180,12 @@ private:
             for (int n = 0; n < 2; ++n) {
                 const int column = 8 * n + 2 * c;
                 *reinterpret_cast<float2*>(&scratch.a[row][column]) = {beta_d2 * L[n][2 * h], beta_d2 * L[n][2 * h + 1]};
-                // qd went into O with its shift, and Z follows it; `out_scale` takes it back from both.
-                constexpr float kUp = 1 << kShift;
-                z[2 * n + h] = pack_bf16(column <= row ? Z[n][2 * h] * kUp : 0.0f, column + 1 <= row ? Z[n][2 * h + 1] * kUp : 0.0f);
+                z[2 * n + h] = pack_bf16(column <= row ? Z[n][2 * h] : 0.0f, column + 1 <= row ? Z[n][2 * h + 1] : 0.0f);
             }
             if (c == 0) {
-                scratch.columns[0][row] = beta_d;
-                scratch.columns[1][row] = -beta_d2 * kUnshift;   // of -W, from kd with its shift
-                small.out_scale[row] = scale * q_norm * kUnshift;
+                scratch.columns[0][row] = beta_d / kShiftUp;   // R is short of kShift powers of two
+                scratch.columns[1][row] = -beta_d2;            // so is W, but the state of twice as many; kd has as many too many
+                small.out_scale[row] = scale * q_norm * kShiftUp;
             }
         }
         stmatrix_x4(smem_address(small.z) + lane * 16, z);

@@ -114,12 +114,12 @@ __device__ __forceinline__ void mma_m16n8k16(float* d, const uint32_t* a, uint32
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// d[16, 8] += a[16, 8] b[8, 8] on fp32 registers, of which the tensor cores see the tf32 part: the lower 13 bits are cut off.
-__device__ __forceinline__ void mma_m16n8k8_tf32(float* d, const float* a, float b0, float b1) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+// d[16, 8] = a[16, 8] b[8, 8] + c on fp32 registers; of a and b the tensor cores see the tf32 part: the lower 13 bits are cut off.
+__device__ __forceinline__ void mma_m16n8k8_tf32(float* d, const float* a, float b0, float b1, const float* c) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
         : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])),
-          "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
+          "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }
 
 // ---- arithmetic

@@ -3,7 +3,7 @@
 //
 //   [R | O]' = S_b [-W | qd]' + v' [T | 0]'      one chain of m64n32k16
 //   O'      += R' Z'                              one m64n16k16
-//   S        = S diag(E) + R' kr                  one m64n128k16
+//   S        = (S + R' ki) diag(E)                one m64n128k16
 #pragma once
 
 #include "kernel_params.h"
@@ -112,6 +112,9 @@ __device__ __forceinline__ void recur_chain(const KernelParams& p, const Chain& 
 
     float S[kStateRegisters];
     load_state(p, chain, value_channel + lane / 4, c, S);
+    if (chain.length > 0)   // a state that only passes through keeps its bits
+        for (float& x : S)
+            x /= kStateUp;
 
     RingCursor<kStages> ring;
     uint32_t O[4];   // of the previous chunk, whose way out is hidden behind this chunk's products
@@ -130,7 +133,7 @@ __device__ __forceinline__ void recur_chain(const KernelParams& p, const Chain& 
         const uint64_t t = matrix_descriptor(small.t, LayoutType::INTERLEAVE, kTColumnBytes, 128);
         const uint64_t w = matrix_descriptor(stage.kq, LayoutType::B128, 0, 8 * 128);
         const uint64_t z = matrix_descriptor(small.z, LayoutType::INTERLEAVE, kZColumnBytes, 128);
-        const uint64_t kr = matrix_descriptor(stage.g, LayoutType::B128, kHalfTileBytes, 8 * 128);
+        const uint64_t ki = matrix_descriptor(stage.g, LayoutType::B128, kHalfTileBytes, 8 * 128);
 
         float RO[16];   // R in the first half, O in the second
         fence_operands(RO);
@@ -140,12 +143,6 @@ __device__ __forceinline__ void recur_chain(const KernelParams& p, const Chain& 
             wgmma<StepAtom>(RO, S_b + 4 * s, w + ((s / 4 * 2 * kHalfTileBytes + s % 4 * 32) >> 4));
         cute::warpgroup_commit_batch();
 
-        for (int j = 0; j < kDim / 8; j += 2) {
-            const float4 e = *reinterpret_cast<const float4*>(&small.e[c][2 * j]);
-            S[4 * j] *= e.x, S[4 * j + 1] *= e.y, S[4 * j + 2] *= e.x, S[4 * j + 3] *= e.y;
-            S[4 * j + 4] *= e.z, S[4 * j + 5] *= e.w, S[4 * j + 6] *= e.z, S[4 * j + 7] *= e.w;
-        }
-        fence_operands(S);   // scaled here, in the products' shadow, not after them
         if (chunk > 0)
             writer.write(O, kChunk);
 
@@ -159,14 +156,21 @@ __device__ __forceinline__ void recur_chain(const KernelParams& p, const Chain& 
             O_new[i] = RO[8 + i];
         fence_operands(O_new);
         cute::warpgroup_arrive();
-        wgmma<UpdateAtom>(S, R, kr);
+        wgmma<UpdateAtom>(S, R, ki);
         wgmma<OutputAtom>(O_new, R, z);
         cute::warpgroup_commit_batch();
+        float4 e[kDim / 16];
+        for (int j = 0; j < kDim / 16; ++j)
+            e[j] = *reinterpret_cast<const float4*>(&small.e[c][4 * j]);
         const float2 scale_low = *reinterpret_cast<const float2*>(&small.out_scale[2 * c]);
         const float2 scale_high = *reinterpret_cast<const float2*>(&small.out_scale[2 * c + 8]);
         cute::warpgroup_wait<0>();
         fence_operands(S);
         fence_operands(O_new);
+        for (int j = 0; j < kDim / 16; ++j) {
+            S[8 * j] *= e[j].x, S[8 * j + 1] *= e[j].y, S[8 * j + 2] *= e[j].x, S[8 * j + 3] *= e[j].y;
+            S[8 * j + 4] *= e[j].z, S[8 * j + 5] *= e[j].w, S[8 * j + 6] *= e[j].z, S[8 * j + 7] *= e[j].w;
+        }
         for (int i = 0; i < 2; ++i) {
             O[i] = pack_bf16(O_new[2 * i] * scale_low.x, O_new[2 * i + 1] * scale_low.y);
             O[2 + i] = pack_bf16(O_new[4 + 2 * i] * scale_high.x, O_new[5 + 2 * i] * scale_high.y);
@@ -177,6 +181,9 @@ __device__ __forceinline__ void recur_chain(const KernelParams& p, const Chain& 
     }
     if (chunks > 0)
         writer.write(O, chain.length - (chunks - 1) * kChunk);
+    if (chain.length > 0)
+        for (float& x : S)
+            x *= kStateUp;
     store_state(p, chain, value_channel + lane / 4, c, S);
 }
 

@@ -22,7 +22,7 @@ constexpr int kHalfTileBytes = sizeof(HalfTile);
 //
 //          copy engine writes     prepare makes of it, for wgmma
 //   kq     k over q, by halves    [-W over qd]: B [2 kChunk, K], K-major     (in between: kd over qd)
-//   g      gate logits            kr: B [kChunk, K], N-major
+//   g      gate logits            ki: B [kChunk, K], N-major
 //   v      v                      left alone; the recurrence takes it as A through registers
 struct Stage {
     HalfTile kq[kHalves][2];
@@ -35,7 +35,7 @@ struct SmallFactors {
     bf16 t[2 * kChunk * kChunk];   // [T over 0]: what v adds to [R | O]
     bf16 z[kChunk * kChunk];       // Z
     float e[4][36];                // E in the order of the accumulators: [lane % 4][channel / 8][2]; rows kept apart in banks
-    float out_scale[kChunk];       // scale / |q|
+    float out_scale[kChunk];       // scale / |q|, and the powers of two that O is short of
 };
 constexpr int kTColumnBytes = 2 * kChunk * 8 * 2;   // one k / 8 column of matrices in t
 constexpr int kZColumnBytes = kChunk * 8 * 2;       // and in z
