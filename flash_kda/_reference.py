@@ -24,8 +24,8 @@ def reference(
 ) -> Tuple[Tensor, Tensor]:
     """Kimi Delta Attention in fp64, by the formulas in `flash_kda.fwd`'s docstring.
 
-    For tests: slow (a handful of PyTorch calls a token; sequences and heads side by side). Any device with fp64, any
-    floating dtype, any K and V.
+    For tests: slow (a handful of PyTorch calls a token; sequences and heads side by side). Any device with fp64,
+    any floating dtype, any K and V.
 
     Args:
         q, k, g: [B, T, H, K].

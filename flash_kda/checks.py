@@ -60,7 +60,8 @@ def check_cu_seqlens_contents(cu_seqlens: Tensor, tokens: int) -> None:
         _fail("cu_seqlens", "cu_seqlens[0] = 0", offsets[0])
     for n in range(len(offsets) - 1):
         if offsets[n + 1] < offsets[n]:
-            _fail("cu_seqlens", "offsets that never fall", "cu_seqlens[{}] = {} after {}".format(n + 1, offsets[n + 1], offsets[n]))
+            got = "cu_seqlens[{}] = {} after {}".format(n + 1, offsets[n + 1], offsets[n])
+            _fail("cu_seqlens", "offsets that never fall", got)
     if offsets[-1] != tokens:
         _fail("cu_seqlens", "the last offset to be T = {}".format(tokens), offsets[-1])
 

@@ -42,7 +42,8 @@ def fwd(q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state
 def prepare(q, k, v, g, beta, A_log, dt_bias, lower_bound):
     """Everything of L tokens that needs no state, in chunks: what `recur` takes.
 
-    Returns fp32 W, qd, kr [n, H, C, K], U0 [n, H, C, V], Z [n, H, C, C] and E [n, H, 1, K], C = CHUNK, n = ceil(L / C).
+    Returns fp32 W, qd, kr [n, H, C, K], U0 [n, H, C, V], Z [n, H, C, C] and E [n, H, 1, K], for C = CHUNK and
+    n = ceil(L / C).
     """
     q, k, v, g, beta = (x.float() for x in (q, k, v, g, beta))
     q = q * torch.rsqrt(q.square().sum(-1, keepdim=True) + 1e-6)
@@ -58,12 +59,13 @@ def prepare(q, k, v, g, beta, A_log, dt_bias, lower_bound):
     middle = G[..., CHUNK // 2 - 1 : CHUNK // 2, :]
     from_middle, to_middle = (G - middle).exp(), (middle - G).exp()
     ki = (k * to_middle).mT
-    L = (beta * ((k * from_middle) @ ki)).tril(-1)
+    L = beta * ((k * from_middle) @ ki)  # read below its diagonal only
     Z = ((q * from_middle) @ ki).tril()
 
     decay = G.exp()
     kd, qd, kr = k * decay, q * decay, k * (G[..., -1:, :] - G).exp()
-    W, U0 = torch.linalg.solve_triangular(L, beta * torch.cat((kd, v), -1), upper=False, unitriangular=True).chunk(2, -1)
+    right = beta * torch.cat((kd, v), -1)
+    W, U0 = torch.linalg.solve_triangular(L, right, upper=False, unitriangular=True).chunk(2, -1)
     return W, qd, kr, U0, Z, E
 
 
@@ -74,7 +76,7 @@ def to_chunks(x):
 
 
 def recur(S, W, qd, kr, U0, Z, E):
-    """Run the chunks in turn. Updates S [H, V, K] in place; returns the output before `scale`, [n * CHUNK, H, V]."""
+    """Run the chunks in turn: S [H, V, K] in place; returns the output before `scale`, [n * CHUNK, H, V]."""
     O = torch.empty_like(U0)
     for n in range(len(O)):
         R = torch.baddbmm(U0[n], W[n], S.mT, alpha=-1)  # [H, C, V]

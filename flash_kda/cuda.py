@@ -10,13 +10,13 @@ except ImportError as error:  # built without CUDA, or the module does not load:
     _C, _C_MISSING = None, str(error)
 
 
-@functools.lru_cache(maxsize=None)  # asking CUDA takes longer than all the rest of a call
+@functools.lru_cache(maxsize=None)  # once a device: it stands on the path of every call
 def check_device(index: int) -> None:
     """Raise RuntimeError unless the kernels are built, and for the compute capability of CUDA device `index`."""
     if _C is None:
         raise RuntimeError(
-            "flash_kda is installed without its CUDA kernels ({}). To run on CUDA tensors, rebuild it on a machine with "
-            "a CUDA toolkit and a CUDA build of PyTorch, without FLASH_KDA_SKIP_CUDA_BUILD: "
+            "flash_kda is installed without its CUDA kernels ({}). To run on CUDA tensors, rebuild it on a "
+            "machine with a CUDA toolkit and a CUDA build of PyTorch, without FLASH_KDA_SKIP_CUDA_BUILD: "
             "pip install -v --no-build-isolation .".format(_C_MISSING)
         )
     found = torch.cuda.get_device_capability(index)
@@ -24,8 +24,8 @@ def check_device(index: int) -> None:
     # "90a" is 9.0. Code for an architecture with a suffix runs on that one alone.
     if found < (9, 0) or "{}{}".format(*found) not in [arch.rstrip("af") for arch in archs]:
         raise RuntimeError(
-            "flash_kda's CUDA kernels need a GPU of compute capability 9.0 (Hopper) and are built for sm_{}; cuda:{} ({}) "
-            "has compute capability {}.{}".format(
+            "flash_kda's CUDA kernels need a GPU of compute capability 9.0 (Hopper) and are built for "
+            "sm_{}; cuda:{} ({}) has compute capability {}.{}".format(
                 ", sm_".join(archs), index, torch.cuda.get_device_name(index), found[0], found[1]
             )
         )
@@ -63,6 +63,7 @@ def fwd(
         torch.cuda.current_stream(device).cuda_stream,
     )
     # Autograd cannot see the kernel's writes: a graph that saved one of these for backward must notice.
+    # An inference tensor has no version, and older PyTorch refuses to raise it.
     for x in (out, final_state):
         if x is not None and not x.is_inference():
             torch.autograd.graph.increment_version(x)

@@ -62,9 +62,10 @@ def fwd(
 
     Raises:
         TypeError: an argument is not a tensor or number where one is wanted, or has the wrong dtype.
-        ValueError: wrong shape, range, device, layout, alignment or overlap; bad `cu_seqlens` contents when validated.
-        RuntimeError: a tensor requires grad while grad mode is on (use torch.inference_mode()); on CUDA, the kernels
-            are not built, or not for this device's compute capability, or the launch failed.
+        ValueError: wrong shape, range, device, layout, alignment or overlap; bad `cu_seqlens` contents, where
+            they are validated.
+        RuntimeError: a tensor requires grad while grad mode is on (use torch.inference_mode()); on CUDA, the
+            kernels are not built, or not for this device's compute capability, or the launch failed.
     """
     num_sequences, tokens, heads = check(
         q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens

@@ -142,7 +142,7 @@ def error(found, truth):
 
 
 def worst_row_error(found, truth):
-    """The largest error of a vector along the last dimension, over its own norm or the typical one if that is larger."""
+    """The largest error of a vector along the last dimension, over its own or, if larger, the typical norm."""
     norms = truth.norm(dim=-1)
     typical = norms.square().mean().sqrt().item() if norms.numel() else 0.0
     if not typical > 0:

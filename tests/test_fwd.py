@@ -28,7 +28,7 @@ def test_repeated_key(device, gate):
     check(x, *run(x), slack=REPEATED)
 
 
-@pytest.mark.parametrize("T", [1, 2, 3, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 127, 128, 129, 255, 257, 1000])
+@pytest.mark.parametrize("T", [1, 2, 3, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 127, 128, 129, 257, 1000])
 @pytest.mark.parametrize("gate", ["mixed", "hardest"])
 def test_every_length(device, T, gate):
     x = make([T], packed=False, gate=gate, seed=T, device=device)
@@ -252,7 +252,7 @@ def test_pack_of_no_sequences(device):
 # ---------------------------------------------------------------- independence
 
 
-def test_same_bits_run_after_run(device):
+def test_same_bits_run_after_run(device, all_threads):
     x = make([300, 0, 41, 7], device=device, seed=19)
     first = run(x)
     for _ in range(3):
@@ -260,7 +260,7 @@ def test_same_bits_run_after_run(device):
             assert same_bits(a, b)
 
 
-def test_packed_sequence_equals_itself_alone(device):
+def test_packed_sequence_equals_itself_alone(device, all_threads):
     x = make([40, 0, 70, 16, 33, 1, 129], seed=20, device=device)
     out, state = run(x)
     for n in range(len(x.lens)):
@@ -289,8 +289,8 @@ def test_neighbours_contents_do_not_matter(device, packed, content):
         y = x.clone()
         for n in set(range(6)) - {kept}:
             for name in ("q", "k", "v", "g", "beta"):
-                rows = getattr(y, name)[y.rows(n)]
-                rows.copy_(getattr(other, name)[y.rows(n)] if content == "random" else torch.full_like(rows, content))
+                rows = y.rows(n)
+                getattr(y, name)[rows] = getattr(other, name)[rows] if content == "random" else content
             y.initial_state[n] = other.initial_state[n] if content == "random" else content
         out_y, state_y = run(y)
         assert same_bits(out_y[y.rows(kept)], out[x.rows(kept)]), kept
@@ -386,7 +386,8 @@ def test_positional_arguments(device):
     expected, expected_state = run(x)
     out, state = torch.empty_like(x.v), torch.empty_like(x.initial_state)
     flash_kda.fwd(
-        x.q, x.k, x.v, x.g, x.beta, x.scale, out, x.A_log, x.dt_bias, x.lower_bound, x.initial_state, state, x.cu_seqlens
+        x.q, x.k, x.v, x.g, x.beta, x.scale, out, x.A_log, x.dt_bias, x.lower_bound,
+        x.initial_state, state, x.cu_seqlens,
     )
     assert same_bits(out, expected) and same_bits(state, expected_state)
 

@@ -15,28 +15,36 @@
 namespace flash_kda {
 namespace sm90 {
 
+// For the half of t that stays zero.
+__device__ void clear_small_factors(SharedStorage& smem) {
+    static_assert(sizeof(smem.small) % sizeof(uint4) == 0);
+    for (int i = threadIdx.x; i < static_cast<int>(sizeof(smem.small) / sizeof(uint4)); i += kThreads)
+        reinterpret_cast<uint4*>(smem.small)[i] = {};
+    fence_async_proxy();
+}
+
 __global__ void __launch_bounds__(kThreads, 1) fwd_kernel(const __grid_constant__ KernelParams p) {
     extern __shared__ __align__(1024) uint8_t shared[];
     SharedStorage& smem = *reinterpret_cast<SharedStorage*>(shared);
-    if (threadIdx.x == 0) {   // a warp arrives with one lane
-        for (uint64_t& bar : smem.input_full)
-            mbarrier_init(bar, 1);
-        for (uint64_t& bar : smem.factor_full)
-            mbarrier_init(bar, 4);
-        for (uint64_t& bar : smem.factor_empty)
-            mbarrier_init(bar, 4 * kRecurrenceGroups);
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < kStages; ++s) {
+            mbarrier_init(smem.loaded[s], 1);
+            mbarrier_init(smem.ready[s], 1);
+            mbarrier_init(smem.empty[s], kRecurrenceWarps);
+        }
         fence_mbarrier_init();
     }
+    Preparer::fill_gate_offset(p, find_chain(p, blockIdx.x), smem);
+    clear_small_factors(smem);
     __syncthreads();
 
-    const Chain chain = find_chain(p, blockIdx.x);
     const int warpgroup = threadIdx.x / kWarpgroup;
     if (warpgroup < kPrepareGroups) {
         cutlass::arch::warpgroup_reg_dealloc<kPrepareRegisters>();
-        prepare_chain(p, chain, smem, warpgroup);
+        prepare_chain(p, find_chain(p, blockIdx.x), smem, threadIdx.x / 32);
     } else {
         cutlass::arch::warpgroup_reg_alloc<kRecurrenceRegisters>();
-        recur_chain(p, chain, smem, warpgroup - kPrepareGroups);
+        recur_chain(p, find_chain(p, blockIdx.x), smem, warpgroup - kPrepareGroups);
     }
 }
 
@@ -84,10 +92,10 @@ void launch(const Params& params, const Plan& plan) {
 
     KernelParams p{};
     if (params.rows() > 0) {   // without tokens no map is looked at
-        p.q = make_tensor_map(params.q, params.rows(), params.heads);
-        p.k = make_tensor_map(params.k, params.rows(), params.heads);
-        p.v = make_tensor_map(params.v, params.rows(), params.heads);
-        p.g = make_tensor_map(params.g, params.rows(), params.heads);
+        p.q = make_tensor_map(params.q, params.rows(), params.heads, 1);
+        p.k = make_tensor_map(params.k, params.rows(), params.heads, 1);
+        p.v = make_tensor_map(params.v, params.rows(), params.heads, kHalves);
+        p.g = make_tensor_map(params.g, params.rows(), params.heads, kHalves);
     }
     p.beta = static_cast<const bf16*>(params.beta);
     p.out = static_cast<bf16*>(params.out);

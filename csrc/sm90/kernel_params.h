@@ -11,7 +11,7 @@
 namespace flash_kda::sm90 {
 
 struct KernelParams {
-    CUtensorMap q, k, v, g;   // [rows, heads, kDim] in boxes of one head's [kChunk, kDim]
+    CUtensorMap q, k, v, g;   // [rows, heads, kDim]: see tensor_map.h
     const __nv_bfloat16* beta;
     __nv_bfloat16* out;
     const float* A_log;

@@ -1,4 +1,4 @@
-// Loads: which tiles of a chunk go where, by the copy engine. One thread of the prepare group that will use them asks for them.
+// A chunk's way from global memory into its stage, by the copy engine.
 #pragma once
 
 #include <cute/arch/copy_sm90_desc.hpp>
@@ -10,23 +10,22 @@
 
 namespace flash_kda::sm90 {
 
-// [kChunk, kDim] of one head, from `row` on. Rows past the tensor arrive as zeros; rows past the sequence belong to its
-// neighbour, and whoever reads the tile has to mask them.
-__device__ __forceinline__ void load_tile(const CUtensorMap& map, Tile& tile, uint64_t& bar, const Chain& chain, int64_t row) {
-    cute::SM90_TMA_LOAD_4D::copy(&map, &bar, static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST), &tile, 0,
-                                 static_cast<int32_t>(row), 0, static_cast<int32_t>(chain.head));
-}
-
-__device__ __forceinline__ void load_chunk(const KernelParams& p, const Chain& chain, int chunk, InputStage& input, Tile& v,
-                                           uint64_t& full) {
-    if (chunk >= chain.chunks())
-        return;
-    const int64_t row = chain.first_row + chunk * kChunk;
-    mbarrier_arrive_expect_bytes(full, sizeof(InputStage) + sizeof(Tile));
-    load_tile(p.g, input.g, full, chain, row);
-    load_tile(p.k, input.k, full, chain, row);
-    load_tile(p.q, input.q, full, chain, row);
-    load_tile(p.v, v, full, chain, row);
+// Called by one thread. Rows past the tensor arrive as zeros; rows past the sequence belong to its neighbour, and whoever reads
+// them has to mask them.
+__device__ __forceinline__ void load_chunk(const KernelParams& p, const Chain& chain, int chunk, Stage& stage, uint64_t& loaded) {
+    const int32_t row = static_cast<int32_t>(chain.first_row) + chunk * kChunk;
+    const int32_t head = static_cast<int32_t>(chain.head);
+    const auto load = [&](const CUtensorMap& map, HalfTile& to, int half) {
+        cute::SM90_TMA_LOAD_4D::copy(&map, &loaded, static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST), &to, 0, row, half,
+                                     head);
+    };
+    mbarrier_arrive_expect_bytes(loaded, sizeof(Stage));
+    for (int half = 0; half < kHalves; ++half) {
+        load(p.k, stage.kq[half][0], half);
+        load(p.q, stage.kq[half][1], half);
+    }
+    load(p.g, stage.g[0], 0);   // both halves at once
+    load(p.v, stage.v[0], 0);
 }
 
 }  // namespace flash_kda::sm90

@@ -1,16 +1,19 @@
-// Prepare: from a chunk's q, k, g and beta to the factors of its step, one warpgroup a chunk.
+// Prepare: from a chunk's q, k, g and beta to the factors of its step, in place, by one warp.
 //
-//   k^, q^   unit keys and queries; qd carries the scale          G     inclusive cumulative sum of the gates, base 2
-//   kd = k^ exp(G)    ki = k^ exp(-G)    qd = scale q^ exp(G)     kr = k^ exp(G_end - G)    E = exp(G_end)
-//   T = (I + tril(diag(beta) kd ki', -1))^-1 diag(beta)           Z = tril(qd ki')
-//   W = T kd
+//   G    inclusive cumulative sum of the gates, base 2                   D     diag(1 / |k|)
+//   kd = k 2^G    ki = k 2^-G    qd = q 2^G    kr = k 2^(G_end - G)      E     2^G_end
+//   L  = tril(kd ki', -1)                                                Z     tril(qd ki')
+//   T  = (I + diag(beta) D^2 L)^-1 diag(beta) D                          W     T D kd
 //
-// and what leaves is [-W | qd - Z W], [T | Z T], kr and E. Warp w owns channels 32 w to 32 w + 31 in every elementwise step and
-// product. Registers hold [16, 16] blocks in the mma fragment order: lane 4 r + c has rows r and r + 8, columns 2 c, 2 c + 1,
-// 2 c + 8 and 2 c + 9; accumulators of two neighbouring [16, 8] products have just that order, so products chain in registers.
+// All with k and q as they come: no pass over the chunk to find their norms first. Against T and W of unit keys, T and W here
+// have rows divided by |k|, so that the residual R = T v - W S comes out divided by |k| as well, which is just what Z and kr, too long by
+// |k|, want of it; and q's norm joins the scale at the output. The norms appear only in [16]-vectors.
+//
+// Channels go by in blocks of 16. Registers hold [16, 16] blocks in the mma fragment order: lane 4 r + c has rows r and r + 8, columns
+// 2 c, 2 c + 1, 2 c + 8 and 2 c + 9; accumulators of two neighbouring [16, 8] products have just that order, so products chain in
+// registers.
 #pragma once
 
-#include "fragments.h"
 #include "kernel_params.h"
 #include "load.cuh"
 #include "ptx.h"
@@ -19,227 +22,180 @@
 
 namespace flash_kda::sm90 {
 
-constexpr float kUp = static_cast<float>(1 << kShift);
-constexpr float kDown = 1.0f / kUp;
-
 class Preparer {
 public:
-    __device__ Preparer(const KernelParams& p, const Chain& chain, SharedStorage& smem, int group)
-        : scratch(smem.scratch[group]),
-          group(group),
-          warp(threadIdx.x / 32 % 4),
+    __device__ Preparer(const KernelParams& p, const Chain& chain, const SharedStorage& smem, PrepareScratch& scratch)
+        : scratch(scratch),
+          gate_offset(smem.gate_offset),
+          gate_slope(find_gate_slope(p, chain)),
+          // No bound of zero, so that its inverse times 2^y is never infinity times zero; so small a gate is zero all the same.
+          inverse_bound(resident(rcp_approx(fminf(p.lower_bound * kLog2E, -1e-36f)))),
+          scale(p.scale),
           lane(threadIdx.x % 32),
           r(lane / 4),
           c(lane % 4),
-          half(warp / 2),
-          tile_offset(half * kTileHalfBytes + swizzled_block_offset(lane, warp % 2 * 4)),
-          scale(p.scale),
-          gate_bound(p.lower_bound * kLog2E) {
-        // sigmoid(x) = 1 / (1 + 2^y) with y = gate_slope * g + gate_offset
-        gate_slope = -expf(p.A_log[chain.head]) * kLog2E;
-        for (int j = 0; j < 4; ++j)
-            gate_offset[j] = gate_slope * p.dt_bias[chain.head * kDim + warp * 32 + j * 8 + r];
-        lower_ones = pack_bf16(2 * c <= r ? 1.0f : 0.0f, 2 * c + 1 <= r ? 1.0f : 0.0f);
+          first_block_offset(lane % 16 * 128 + ((lane / 16 ^ lane % 8) << 4)) {
+        for (int i = 0; i < 4; ++i) {
+            const int row = r + i % 2 * 8, token = 2 * c + i / 2;
+            ones_first[i] = resident(token <= row ? 1.0f : 0.0f);
+            ones_last[i] = resident(token + 8 <= row ? 1.0f : 0.0f);
+        }
     }
 
-    // beta of a chunk's token `lane`; asked for one chunk ahead, since it comes straight from global memory.
-    __device__ float load_beta(const KernelParams& p, const Chain& chain, int chunk) const {
-        const int token = chunk * kChunk + lane;
-        if (lane >= kChunk || token >= chain.length)
-            return -INFINITY;   // sigmoid: 0
-        return __bfloat162float(p.beta[(chain.first_row + token) * p.heads + chain.head]);
+    // The same value, in a register of its own from here on: the compiler would rather make it anew, or copy it from a uniform
+    // register, before every use.
+    static __device__ float resident(float x) { return __shfl_sync(~0u, x, threadIdx.x % 32); }
+
+    // gate = bound / (1 + 2^y), y = gate_slope * g + gate_offset[channel]. Never a slope of zero: see clear_tail.
+    static __device__ float find_gate_slope(const KernelParams& p, const Chain& chain) {
+        return fminf(-expf(p.A_log[chain.head]) * kLog2E, -1e-30f);
     }
 
-    // All of one chunk. `valid` tokens of it are the sequence's own; the rest must leave no trace. `input_free` is called once no
-    // warp of the group needs `in` any longer.
-    template <class InputFree>
-    __device__ __forceinline__ void prepare(const InputStage& in, FactorStage& out, float beta_logit, int valid, InputFree input_free) {
-        uint32_t q[8], k[8];
-        float gate[16], G[4][4];
-        load(in, q, k, gate, valid);
-        sum_squares(q, k);
-        cumulate(gate, G);
-        const float beta = rcp_approx(1.0f + exp2_approx(-kLog2E * beta_logit));
+    static __device__ void fill_gate_offset(const KernelParams& p, const Chain& chain, SharedStorage& smem) {
+        for (int channel = threadIdx.x; channel < kDim; channel += kThreads)
+            smem.gate_offset[channel] = find_gate_slope(p, chain) * p.dt_bias[chain.head * kDim + channel];
+    }
 
-        named_barrier(barrier(), kWarpgroup);
-        input_free();
-        float qd[4][4];
-        uint32_t kd_columns[8];
-        factors(q, k, G, out, qd, kd_columns);
-
-        named_barrier(barrier(), kWarpgroup);
-        reduce(beta);
-
-        named_barrier(barrier(), kWarpgroup);
-        if (warp == group * 2)   // the two groups' solvers sit on different schedulers
-            solve(out);
-
-        named_barrier(barrier(), kWarpgroup);
-        products(out, qd, kd_columns);
+    // `valid` tokens of the chunk are the sequence's own; the rest must leave no trace. Lane l holds token l's beta, a bf16.
+    // `meanwhile` is called once most of the work is done.
+    template <class Meanwhile>
+    __device__ __forceinline__ void prepare(Stage& stage, SmallFactors& small, uint32_t beta_logit, int valid, Meanwhile meanwhile) const {
+        if (valid < kChunk)
+            clear_tail(stage, valid);
+        float L[2][4] = {}, Z[2][4] = {}, k_squares[2] = {}, q_squares[2] = {};
+#pragma unroll 1
+        for (int block = 0; block < kBlocks; ++block)
+            elementwise(stage, small, block, k_squares, q_squares, L, Z);
+        const float beta = lane < valid ? rcp_approx(1.0f + exp2_approx(-kLog2E * low_bf16(beta_logit))) : 0.0f;
+        normalise(small, k_squares, q_squares, beta, L, Z);
+        solve(small);
+        meanwhile();
+        products(stage);
     }
 
 private:
     PrepareScratch& scratch;
-    const int group, warp, lane, r, c;
-    const int half;               // of a tile: where the warp's channels lie
-    const uint32_t tile_offset;   // of this lane's row of the warp's first [16, 16] block
-    const float scale, gate_bound;
-    float gate_slope, gate_offset[4];
-    uint32_t lower_ones;   // 8x8 matrix of ones on and under the diagonal
+    const float* gate_offset;
+    const float gate_slope, inverse_bound, scale;
+    const int lane, r, c;
+    const uint32_t first_block_offset;
+    float ones_first[4], ones_last[4];   // ones on and under the diagonal of [16, 16]: columns of the first and last 8 tokens
 
-    __device__ int barrier() const { return 1 + group; }
+    // ldmatrix.x4 and stmatrix.x4 take a [16, 16] block as its quarters (rows 0-7, columns 0-7), (rows 8-15, columns 0-7), (rows 0-7,
+    // columns 8-15), (rows 8-15, columns 8-15), lane l giving row l % 8 of quarter l / 8: the register order of an mma A fragment.
+    // In a half tile, where a block begins at unit 2 (block % 4) before the swizzle.
+    __device__ __forceinline__ uint32_t block_offset(int block) const { return first_block_offset ^ (block % 4 * 32); }
 
-    // The warp's second block starts two 16-byte units on, which under the swizzle is one flipped bit.
-    __device__ uint32_t block_offset(int s) const { return tile_offset ^ (s * 32); }
-
-    // q, k: fragments of the warp's two [16, 16] blocks. gate: transposed fragments, [8-channel block][token 2 c, 2 c + 1, + 8, + 9]
-    // of channel r.
-    __device__ __forceinline__ void load(const InputStage& in, uint32_t* q, uint32_t* k, float* gate, int valid) const {
-        uint32_t g[8];
-        for (int s = 0; s < 2; ++s) {
-            ldmatrix_x4_trans(g + 4 * s, smem_address(&in.g) + block_offset(s));
-            ldmatrix_x4(k + 4 * s, smem_address(&in.k) + block_offset(s));
-            ldmatrix_x4(q + 4 * s, smem_address(&in.q) + block_offset(s));
+    // Rows past the sequence are its neighbour's. k^ = q^ = v = 0, and a logit whose gate is 0, leave the state and the other rows alone.
+    __device__ __forceinline__ void clear_tail(Stage& stage, int valid) const {
+        constexpr uint32_t kMinusInfinity = 0xff80ff80;   // twice, in bf16
+        const uint32_t address = smem_address(&stage) + lane / 8 * kHalfTileBytes + lane % 8 * 16;
+        for (int row = valid; row < kChunk; ++row) {
+            store_shared_16_bytes(address + row * 128, {0, 0, 0, 0});   // k and q
+            const uint32_t x = lane < 16 ? kMinusInfinity : 0;          // g and v
+            store_shared_16_bytes(address + sizeof(Stage::kq) + row * 128, {x, x, x, x});
         }
-        for (int i = 0; i < 8; ++i) {
-            const float offset = gate_offset[i / 2];
-            const float low = fmaf(gate_slope, low_bf16(g[i]), offset), high = fmaf(gate_slope, high_bf16(g[i]), offset);
-            gate[2 * i] = gate_bound * rcp_approx(1.0f + exp2_approx(low));
-            gate[2 * i + 1] = gate_bound * rcp_approx(1.0f + exp2_approx(high));
-        }
-        if (valid < kChunk) {
-            for (int i = 0; i < 8; ++i) {
-                const int row = r + i % 2 * 8, token = 2 * c + i % 2 * 8;
-                if (row >= valid)
-                    q[i] = k[i] = 0;
-                if (token >= valid)
-                    gate[2 * i] = 0.0f;
-                if (token + 1 >= valid)
-                    gate[2 * i + 1] = 0.0f;
-            }
-        }
+        __syncwarp();
     }
 
-    // The warp's share of the squared norms of q and k.
-    __device__ __forceinline__ void sum_squares(const uint32_t* q, const uint32_t* k) const {
-        float sum[4] = {};   // q row r, q row r + 8, k row r, k row r + 8
-        for (int i = 0; i < 8; ++i) {
-            sum[i % 2] = fmaf(low_bf16(q[i]), low_bf16(q[i]), fmaf(high_bf16(q[i]), high_bf16(q[i]), sum[i % 2]));
-            sum[2 + i % 2] = fmaf(low_bf16(k[i]), low_bf16(k[i]), fmaf(high_bf16(k[i]), high_bf16(k[i]), sum[2 + i % 2]));
+    // kShift + the cumulated gates of 8 channels, as an accumulator: [16, 16] ones on and under the diagonal @ gate, on the tensor cores. Its
+    // columns are taken in the order of the tokens that a lane holds. tf32 cuts 2^-11 off a gate, which next to bf16 factors does
+    // not show.
+    __device__ __forceinline__ void cumulate(uint32_t first_tokens, uint32_t last_tokens, int channel, float (&G)[4]) const {
+        const float offset = gate_offset[channel];
+        const float logits[4] = {low_bf16(first_tokens), high_bf16(first_tokens), low_bf16(last_tokens), high_bf16(last_tokens)};
+        float gate[4];   // tokens 2 c, 2 c + 1, 2 c + 8, 2 c + 9
+        for (int i = 0; i < 4; ++i) {
+            const float y = fmaf(gate_slope, logits[i], offset);
+            gate[i] = rcp_approx(fmaf(exp2_approx(y), inverse_bound, inverse_bound));
         }
-        // Four sums over four lanes: each lane keeps the half that its partner sends away, and ends with sum number c.
-        const bool odd = c & 1, upper = c & 2;
-        float a = odd ? sum[1] : sum[0], b = odd ? sum[3] : sum[2];
-        a += __shfl_xor_sync(~0u, odd ? sum[0] : sum[1], 1);
-        b += __shfl_xor_sync(~0u, odd ? sum[2] : sum[3], 1);
-        const float total = (upper ? b : a) + __shfl_xor_sync(~0u, upper ? a : b, 2);
-        scratch.norm[c / 2][r + odd * 8][warp] = total;
+        for (float& x : G)
+            x = kShift;
+        mma_m16n8k8_tf32(G, ones_first, gate[0], gate[1]);
+        mma_m16n8k8_tf32(G, ones_last, gate[2], gate[3]);
     }
 
-    __device__ __forceinline__ float inverse_norm(int tensor, int row) const {
-        const float4 s = *reinterpret_cast<const float4*>(scratch.norm[tensor][row]);
-        return rsqrt_approx((s.x + s.y) + (s.z + s.w) + kNormEpsilon);
-    }
+    // One block: kd, qd and kr in place of k, q and g; E; the block's share of |k|^2, |q|^2, L and Z.
+    __device__ __forceinline__ void elementwise(Stage& stage, SmallFactors& small, int block, float (&k_squares)[2], float (&q_squares)[2],
+                                                float (&L)[2][4], float (&Z)[2][4]) const {
+        const uint32_t k_address = smem_address(&stage.kq[block / 4][0]) + block_offset(block);
+        const uint32_t q_address = k_address + kHalfTileBytes;
+        const uint32_t g_address = smem_address(&stage.g[block / 4]) + block_offset(block);
+        uint32_t g[4], k[4], q[4];
+        ldmatrix_x4_trans(g, g_address);
+        ldmatrix_x4(k, k_address);
+        ldmatrix_x4(q, q_address);
 
-    // G = [16, 16] ones on and under the diagonal @ gate + kShift on the tensor cores. The gates go in as bf16 high and low parts, 16 bits together: an error
-    // of 2^-17 of a gate, far under what bf16 factors see of it.
-    __device__ __forceinline__ void cumulate(const float* gate, float (*G)[4]) const {
-        const uint32_t ones = pack_bf16(1.0f, 1.0f);
-        const uint32_t lower[4] = {lower_ones, ones, 0, lower_ones};
-        for (int j = 0; j < 4; ++j) {
-            uint32_t high[2], low[2];
-            for (int i = 0; i < 2; ++i) {
-                const float a = gate[4 * j + 2 * i], b = gate[4 * j + 2 * i + 1];
-                high[i] = pack_bf16(a, b);
-                low[i] = pack_bf16(a - low_bf16(high[i]), b - high_bf16(high[i]));
-            }
+        uint32_t kd[4], ki[4], qd[4], kr[4];
+        float E[2][2];
+        for (int j = 0; j < 2; ++j) {
+            float G[4], up[4];
+            cumulate(g[2 * j], g[2 * j + 1], block * 16 + j * 8 + r, G);
             for (int i = 0; i < 4; ++i)
-                G[j][i] = kShift;
-            mma_m16n8k16(G[j], lower, low[0], low[1]);
-            mma_m16n8k16(G[j], lower, high[0], high[1]);
-        }
-    }
-
-    // Everything elementwise; the warp's share of L = kd ki' and Z = qd ki'; kr and E.
-    __device__ __forceinline__ void factors(const uint32_t* q, const uint32_t* k, const float (*G)[4], FactorStage& out,
-                                            float (*qd_out)[4], uint32_t* kd_columns) {
-        const float q_norm[2] = {inverse_norm(0, r) * scale, inverse_norm(0, r + 8) * scale};
-        const float k_norm[2] = {inverse_norm(1, r), inverse_norm(1, r + 8)};
-        float L[2][4] = {}, Z[2][4] = {};
-        for (int s = 0; s < 2; ++s) {
-            uint32_t kd[4], ki[4], qd[4], kr[4];
-            float E[2][2];
-            for (int x = 0; x < 4; ++x) {
-                const int j = x / 2, row = x % 2, i = 4 * s + x;
-                const float* g = G[2 * s + j] + 2 * row;
-                const float up[2] = {exp2_approx(g[0]), exp2_approx(g[1])};
-                const float down[2] = {exp2_approx(-g[0]), exp2_approx(-g[1])};
-                const float k0 = low_bf16(k[i]) * k_norm[row], k1 = high_bf16(k[i]) * k_norm[row];
-                const float q0 = low_bf16(q[i]) * q_norm[row], q1 = high_bf16(q[i]) * q_norm[row];
-                kd[x] = pack_bf16(k0 * up[0], k1 * up[1]);
-                qd[x] = pack_bf16(q0 * up[0], q1 * up[1]);
-                qd_out[2 * s + j][2 * row] = q0 * up[0] * kDown;
-                qd_out[2 * s + j][2 * row + 1] = q1 * up[1] * kDown;
-                const float ki0 = k0 * down[0], ki1 = k1 * down[1];
+                up[i] = exp2_approx(G[i]);
+            for (int i = 0; i < 2; ++i)   // row 15 closes the chunk
+                E[j][i] = __shfl_sync(~0u, up[2 + i], 28 + c);
+            for (int h = 0; h < 2; ++h) {
+                const int x = 2 * j + h;
+                const float k0 = low_bf16(k[x]), k1 = high_bf16(k[x]), q0 = low_bf16(q[x]), q1 = high_bf16(q[x]);
+                k_squares[h] = fmaf(k0, k0, fmaf(k1, k1, k_squares[h]));
+                q_squares[h] = fmaf(q0, q0, fmaf(q1, q1, q_squares[h]));
+                kd[x] = pack_bf16(k0 * up[2 * h], k1 * up[2 * h + 1]);
+                qd[x] = pack_bf16(q0 * up[2 * h], q1 * up[2 * h + 1]);
+                const float ki0 = k0 * exp2_approx(-G[2 * h]), ki1 = k1 * exp2_approx(-G[2 * h + 1]);
                 ki[x] = pack_bf16(ki0, ki1);
-                // Row 15 closes the chunk: kr = ki exp(G_end), whose shifts cancel.
-                if (row == 0) {
-                    E[j][0] = exp2_approx(__shfl_sync(~0u, G[2 * s + j][2], 28 + c));
-                    E[j][1] = exp2_approx(__shfl_sync(~0u, G[2 * s + j][3], 28 + c));
-                }
                 kr[x] = pack_bf16(ki0 * E[j][0], ki1 * E[j][1]);
             }
-            stmatrix_x4(smem_address(&out.kr) + block_offset(s), kr[0], kr[1], kr[2], kr[3]);
-            if (r == 0) {
-                const float4 e = {E[0][0] * kDown, E[0][1] * kDown, E[1][0] * kDown, E[1][1] * kDown};
-                *reinterpret_cast<float4*>(&out.e[c][(warp * 4 + 2 * s) * 2]) = e;
-            }
-            for (int n = 0; n < 2; ++n) {
-                mma_m16n8k16(L[n], kd, ki[n], ki[2 + n]);
-                mma_m16n8k16(Z[n], qd, ki[n], ki[2 + n]);
-            }
-            for (int x = 0; x < 4; ++x)
-                kd_columns[4 * s + x] = movmatrix_trans(kd[x]);
         }
+        __syncwarp();   // every lane has its part of the input
+        stmatrix_x4(g_address, kr);
+        stmatrix_x4(k_address, kd);
+        stmatrix_x4(q_address, qd);
+        if (r == 0)
+            *reinterpret_cast<float4*>(&small.e[c][block * 4]) = {E[0][0] * kUnshift, E[0][1] * kUnshift, E[1][0] * kUnshift,
+                                                                  E[1][1] * kUnshift};
         for (int n = 0; n < 2; ++n) {
-            scratch.partial[warp][n][lane] = {L[n][0], L[n][1], L[n][2], L[n][3]};
-            scratch.partial[warp][2 + n][lane] = {Z[n][0], Z[n][1], Z[n][2], Z[n][3]};
+            mma_m16n8k16(L[n], kd, ki[n], ki[2 + n]);
+            mma_m16n8k16(Z[n], qd, ki[n], ki[2 + n]);
         }
     }
 
-    // Sums the four warps' shares, a quarter each: warps 0 and 1 the column halves of L, 2 and 3 those of Z.
-    __device__ __forceinline__ void reduce(float beta) const {
-        float4 sum = scratch.partial[0][warp][lane];
-        for (int w = 1; w < 4; ++w) {
-            const float4 x = scratch.partial[w][warp][lane];
-            sum = {sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w};
+    // Z, and what `solve` works on.
+    __device__ __forceinline__ void normalise(SmallFactors& small, const float (&k_squares)[2], const float (&q_squares)[2], float beta,
+                                              const float (&L)[2][4], const float (&Z)[2][4]) const {
+        const auto inverse_norm = [](float squares) {   // of a row, from its four lanes
+            squares += __shfl_xor_sync(~0u, squares, 1);
+            squares += __shfl_xor_sync(~0u, squares, 2);
+            return rsqrt_approx(squares + kNormEpsilon);
+        };
+        uint32_t z[4];
+        for (int h = 0; h < 2; ++h) {
+            const int row = r + 8 * h;
+            const float k_norm = inverse_norm(k_squares[h]), q_norm = inverse_norm(q_squares[h]);
+            const float beta_d = __shfl_sync(~0u, beta, row) * k_norm, beta_d2 = beta_d * k_norm;
+            for (int n = 0; n < 2; ++n) {
+                const int column = 8 * n + 2 * c;
+                *reinterpret_cast<float2*>(&scratch.a[row][column]) = {beta_d2 * L[n][2 * h], beta_d2 * L[n][2 * h + 1]};
+                // qd went into O with its shift, and Z follows it; `out_scale` takes it back from both.
+                constexpr float kUp = 1 << kShift;
+                z[2 * n + h] = pack_bf16(column <= row ? Z[n][2 * h] * kUp : 0.0f, column + 1 <= row ? Z[n][2 * h + 1] * kUp : 0.0f);
+            }
+            if (c == 0) {
+                scratch.columns[0][row] = beta_d;
+                scratch.columns[1][row] = -beta_d2 * kUnshift;   // of -W, from kd with its shift
+                small.out_scale[row] = scale * q_norm * kUnshift;
+            }
         }
-        const int column = warp % 2 * 8 + 2 * c;
-        if (warp < 2) {
-            const float beta_r = __shfl_sync(~0u, beta, r), beta_r8 = __shfl_sync(~0u, beta, r + 8);
-            *reinterpret_cast<float2*>(&scratch.a[r][column]) = {beta_r * sum.x, beta_r * sum.y};
-            *reinterpret_cast<float2*>(&scratch.a[r + 8][column]) = {beta_r8 * sum.z, beta_r8 * sum.w};
-        } else {
-            const auto lower = [&](int row, float x, float y) -> float2 {
-                return {column <= row ? x : 0.0f, column + 1 <= row ? y : 0.0f};
-            };
-            *reinterpret_cast<float2*>(&scratch.z[r][column]) = lower(r, sum.x, sum.y);
-            *reinterpret_cast<float2*>(&scratch.z[r + 8][column]) = lower(r + 8, sum.z, sum.w);
-            if (warp == 3 && lane < kChunk)
-                scratch.beta[lane] = beta;
-        }
+        stmatrix_x4(smem_address(small.z) + lane * 16, z);
+        __syncwarp();
     }
 
-    // [T; Z T] = [I; Z] (I + A)^-1 diag(beta), A = tril(diag(beta) L, -1): one row a lane, by substitution from the last column
-    // to the first, in fp32 (a product form of the inverse cancels badly where keys repeat).
-    __device__ __forceinline__ void solve(FactorStage& out) const {
+    // T, twice over with different scales of its columns: one row a lane, by substitution from the last column to the first, in fp32 (a
+    // product form of the inverse cancels badly where keys repeat). Row i of (I + A)^-1 is the y with y (I + A) = row i of I.
+    __device__ __forceinline__ void solve(SmallFactors& small) const {
         float y[kChunk];
-        for (int j = 0; j < kChunk; j += 4) {
-            const float4 z = *reinterpret_cast<const float4*>(&scratch.z[lane % kChunk][j]);
-            const float zs[4] = {z.x, z.y, z.z, z.w};
-            for (int i = 0; i < 4; ++i)
-                y[j + i] = lane < kChunk ? (lane == j + i ? 1.0f : 0.0f) : zs[i];
-        }
+        for (int j = 0; j < kChunk; ++j)
+            y[j] = lane % kChunk == j ? 1.0f : 0.0f;
         for (int j = kChunk - 1; j > 0; --j)
             for (int i = 0; i < j; i += 4) {
                 const float4 a = *reinterpret_cast<const float4*>(&scratch.a[j][i]);
@@ -247,80 +203,71 @@ private:
                 for (int x = 0; x < 4 && i + x < j; ++x)
                     y[i + x] = fmaf(-y[j], as[x], y[i + x]);
             }
-        const uint32_t address = smem_address(out.t) + lane / 8 * 128 + lane % 8 * 16;
+        const float* columns = scratch.columns[lane / kChunk];
+        const uint32_t address = smem_address(lane < kChunk ? small.t : scratch.t_for_w) + lane % kChunk * 16;
+        const int column_bytes = lane < kChunk ? kTColumnBytes : kZColumnBytes;
         for (int h = 0; h < 2; ++h) {
             uint32_t packed[4];
             for (int i = 0; i < 4; ++i) {
-                const float2 beta = *reinterpret_cast<const float2*>(&scratch.beta[8 * h + 2 * i]);
-                packed[i] = pack_bf16(y[8 * h + 2 * i] * beta.x, y[8 * h + 2 * i + 1] * beta.y);
+                const float2 column = *reinterpret_cast<const float2*>(&columns[8 * h + 2 * i]);
+                packed[i] = pack_bf16(y[8 * h + 2 * i] * column.x, y[8 * h + 2 * i + 1] * column.y);
             }
-            asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address + h * kTColumnBytes), "r"(packed[0]), "r"(packed[1]),
-                         "r"(packed[2]), "r"(packed[3])
-                         : "memory");
+            store_shared_16_bytes(address + h * column_bytes, packed);
         }
+        __syncwarp();
     }
 
-    // [-W | qd - Z W] = [0 | qd] - [T | Z T] kd for the warp's channels.
-    __device__ __forceinline__ void products(FactorStage& out, float (*qd)[4], const uint32_t* kd_columns) const {
-        uint32_t T[4], ZT[4];
-        const uint32_t address = smem_address(out.t) + (lane >> 4) * kTColumnBytes + (lane & 15) * 16;
-        ldmatrix_x4(T, address);
-        ldmatrix_x4(ZT, address + kTColumnBytes / 2);
-        const uint32_t minus_down = pack_bf16(-kDown, -kDown);   // also takes kd's shift back
-        for (int x = 0; x < 4; ++x) {
-            T[x] = mul_bf16x2(T[x], minus_down);
-            ZT[x] = mul_bf16x2(ZT[x], minus_down);
-        }
-        for (int s = 0; s < 2; ++s) {
-            float W[2][4] = {};
+    // -W in place of kd.
+    __device__ __forceinline__ void products(Stage& stage) const {
+        uint32_t minus_T[4];
+        ldmatrix_x4(minus_T, smem_address(scratch.t_for_w) + lane * 16);
+        for (int block = 0; block < kBlocks; ++block) {
+            const uint32_t address = smem_address(&stage.kq[block / 4][0]) + block_offset(block);
+            uint32_t kd[4], minus_W[4];
+            ldmatrix_x4_trans(kd, address);
             for (int j = 0; j < 2; ++j) {
-                const uint32_t b0 = kd_columns[4 * s + 2 * j], b1 = kd_columns[4 * s + 2 * j + 1];
-                mma_m16n8k16(W[j], T, b0, b1);
-                mma_m16n8k16(qd[2 * s + j], ZT, b0, b1);
+                float w[4] = {};
+                mma_m16n8k16(w, minus_T, kd[2 * j], kd[2 * j + 1]);
+                minus_W[2 * j] = pack_bf16(w[0], w[1]);
+                minus_W[2 * j + 1] = pack_bf16(w[2], w[3]);
             }
-            const uint32_t block = smem_address(out.w) + half * (kWHalfBytes - kTileHalfBytes) + block_offset(s);
-            const float(*Q)[4] = qd + 2 * s;
-            stmatrix_x4(block, pack_bf16(W[0][0], W[0][1]), pack_bf16(W[0][2], W[0][3]), pack_bf16(W[1][0], W[1][1]),
-                        pack_bf16(W[1][2], W[1][3]));
-            stmatrix_x4(block + kChunk * 128, pack_bf16(Q[0][0], Q[0][1]), pack_bf16(Q[0][2], Q[0][3]), pack_bf16(Q[1][0], Q[1][1]),
-                        pack_bf16(Q[1][2], Q[1][3]));
+            __syncwarp();
+            stmatrix_x4(address, minus_W);
         }
     }
 };
 
-// One prepare group's part of a chain: every kPrepareGroups-th chunk.
-__device__ __forceinline__ void prepare_chain(const KernelParams& p, const Chain& chain, SharedStorage& smem, int group) {
-    const bool loader = threadIdx.x % kWarpgroup == 0;
-    if (loader)
-        for (int chunk = group; chunk < kInputStages; chunk += kPrepareGroups)
-            load_chunk(p, chain, chunk, smem.input[chunk], smem.v[chunk], smem.input_full[chunk]);
-
-    Preparer preparer(p, chain, smem, group);
-    RingCursor<kInputStages> input;
-    RingCursor<kValueStages> next_v;
-    RingCursor<kFactorStages> factor;
-    input.advance(group);
-    next_v.advance(kInputStages + group);
-    factor.advance(group);
-    float beta = preparer.load_beta(p, chain, group);
-    for (int chunk = group; chunk < chain.chunks(); chunk += kPrepareGroups) {
-        const float next_beta = preparer.load_beta(p, chain, chunk + kPrepareGroups);
-        InputStage& in = smem.input[input.slot];
-        uint64_t& full = smem.input_full[input.slot];
-        mbarrier_wait(full, input.phase);
-        mbarrier_wait(smem.factor_empty[factor.slot], factor.phase ^ 1);
-        preparer.prepare(in, smem.factors[factor.slot], beta, chain.length - chunk * kChunk, [&] {
-            if (loader)
-                load_chunk(p, chain, chunk + kInputStages, in, smem.v[next_v.slot], full);
+// One warp's part of a chain: every kPrepareWarps-th chunk, from loading to handing over.
+__device__ __forceinline__ void prepare_chain(const KernelParams& p, const Chain& chain, SharedStorage& smem, int warp) {
+    const Preparer preparer(p, chain, smem, smem.scratch[warp]);
+    const int lane = threadIdx.x % 32;
+    RingCursor<kStages> ring;
+    ring.advance(warp);
+    // Asks for a chunk once its stage is free, and returns this lane's beta of it.
+    const auto load = [&](int chunk) -> uint32_t {
+        if (chunk >= chain.chunks())
+            return 0;
+        mbarrier_wait(smem.empty[ring.slot], ring.phase ^ 1);   // passes in the first turn
+        if (elect_one())
+            load_chunk(p, chain, chunk, smem.stages[ring.slot], smem.loaded[ring.slot]);
+        const int token = min(chunk * kChunk + lane % kChunk, chain.length - 1);
+        return load_global_bf16(p.beta + (chain.first_row + token) * p.heads + chain.head);
+    };
+    uint32_t next_beta = load(warp);
+    for (int chunk = warp; chunk < chain.chunks(); chunk += kPrepareWarps) {
+        const int slot = ring.slot;
+        const uint32_t beta = next_beta;
+        mbarrier_wait(smem.loaded[slot], ring.phase);
+        // The next chunk is asked for early, to have landed by its turn. Its stage was that of a chunk which the recurrence gets to
+        // without waiting for this one: kStages > kPrepareWarps.
+        preparer.prepare(smem.stages[slot], smem.small[slot], beta, chain.length - chunk * kChunk, [&] {
+            ring.advance(kPrepareWarps);
+            next_beta = load(chunk + kPrepareWarps);
         });
         fence_async_proxy();
         __syncwarp();
-        if (threadIdx.x % 32 == 0)
-            mbarrier_arrive(smem.factor_full[factor.slot]);
-        input.advance(kPrepareGroups);
-        next_v.advance(kPrepareGroups);
-        factor.advance(kPrepareGroups);
-        beta = next_beta;
+        if (lane == 0)
+            mbarrier_arrive(smem.ready[slot]);
     }
 }
 

@@ -1,11 +1,11 @@
 // The recurrence: the serial part, one warpgroup for kHalf of the value channels. Its state S [64 value channels, K] stays in
 // fp32 accumulators from the first token to the last. A step, with S_b the bf16 copy of S (already in the A operand's order):
 //
-//   [R | O]' = S_b [-W | qd - Z W]' + v' [T | Z T]'      one chain of m64n32k16
-//   S        = S diag(E) + R kr                           one m64n128k16
+//   [R | O]' = S_b [-W | qd]' + v' [T | 0]'      one chain of m64n32k16
+//   O'      += R' Z'                              one m64n16k16
+//   S        = S diag(E) + R' kr                  one m64n128k16
 #pragma once
 
-#include "fragments.h"
 #include "kernel_params.h"
 #include "ptx.h"
 #include "ring.h"
@@ -62,105 +62,122 @@ __device__ __forceinline__ void store_state(const KernelParams& p, const Chain& 
     }
 }
 
-// v' of the warp's 16 value channels, as an A operand [16 channels, 16 tokens]. Tokens that are not the sequence's own become
-// zeros: T and Z T are zero there, but a neighbour's NaN times zero is not.
-__device__ __forceinline__ void load_v(const Tile& tile, int group, int warp, int lane, int valid, uint32_t (&v)[4]) {
+// v' of the warp's 16 value channels, as an A operand [16 channels, 16 tokens].
+__device__ __forceinline__ void load_v(const HalfTile& tile, int warp, int lane, uint32_t (&v)[4]) {
     uint32_t x[4];
-    ldmatrix_x4_trans(x, smem_address(&tile) + group * kTileHalfBytes + swizzled_block_offset(lane, 2 * warp));
+    ldmatrix_x4_trans(x, smem_address(&tile) + lane % 16 * 128 + (((2 * warp + lane / 16) ^ (lane % 8)) << 4));
     v[0] = x[0];   // transposing the block swaps its off-diagonal quarters
     v[1] = x[2];
     v[2] = x[1];
     v[3] = x[3];
-    if (valid < kChunk) {
-        for (int i = 0; i < 4; ++i) {
-            const int token = 2 * (lane % 4) + i / 2 * 8;
-            if (token >= valid)
-                v[i] &= 0xffff0000u;
-            if (token + 1 >= valid)
-                v[i] &= 0x0000ffffu;
-        }
-    }
 }
 
-// O' [16 value channels, 16 tokens] of one warp, to out [tokens, 16 value channels]: through shared memory, where the warp alone
-// transposes it, so that no other warp is waited for and each token's 32 bytes leave as one full sector.
-__device__ __forceinline__ void store_out(const float* O, bf16* patch, bf16* out, int64_t row_stride, int lane, int valid) {
-    // 16-byte unit u of token t lies at u ^ (t / 4 % 2): eight rows of 32 bytes then meet all banks.
-    const auto unit = [](int token, int u) { return (2 * token + (u ^ (token / 4 % 2))) * 16; };
-    const int stored_token = lane % 8 + lane / 16 * 8;
-    __syncwarp();   // the previous chunk's patch has been read
-    stmatrix_x4_trans(smem_address(patch) + unit(stored_token, lane / 8 % 2), pack_bf16(O[0], O[1]), pack_bf16(O[2], O[3]),
-                      pack_bf16(O[4], O[5]), pack_bf16(O[6], O[7]));
-    __syncwarp();
-    const int token = lane / 2;
-    const uint4 x = *reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(patch) + unit(token, lane % 2));
-    if (token < valid)
-        *reinterpret_cast<uint4*>(out + token * row_stride + lane % 2 * 8) = x;
-}
+// Takes O' [16 value channels, 16 tokens] of one warp to out [tokens, 16 value channels]: through shared memory, where the warp
+// alone transposes it, so that no other warp is waited for and each token's 32 bytes leave as one full sector.
+class OutputWriter {
+public:
+    __device__ OutputWriter(bf16* patch, bf16* out, int64_t row_stride, int lane) : token(lane / 2), chunk_stride(kChunk * row_stride) {
+        // 16-byte unit u of token t lies at u ^ (t / 4 % 2): eight rows of 32 bytes then meet all banks.
+        const auto unit = [&](int t, int u) { return smem_address(patch) + (2 * t + (u ^ (t / 4 % 2))) * 16; };
+        store_address = unit(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+        load_address = unit(token, lane % 2);
+        destination = out + token * row_stride + lane % 2 * 8;
+    }
+
+    // The next chunk's output, as bf16 pairs in accumulator order; of its tokens only the first `valid` are written.
+    __device__ __forceinline__ void write(const uint32_t (&O)[4], int valid) {
+        __syncwarp();   // the previous chunk's patch has been read
+        stmatrix_x4_trans(store_address, O);
+        __syncwarp();
+        const uint4 x = load_shared_16_bytes(load_address);
+        if (token < valid)
+            *reinterpret_cast<uint4*>(destination) = x;
+        destination += chunk_stride;
+    }
+
+private:
+    const int token;
+    const int64_t chunk_stride;
+    uint32_t store_address, load_address;
+    bf16* destination;
+};
 
 __device__ __forceinline__ void recur_chain(const KernelParams& p, const Chain& chain, SharedStorage& smem, int group) {
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-    const int r = lane / 4, c = lane % 4;
+    const int c = lane % 4;
     const int value_channel = group * kHalf + warp * 16;
     const int64_t row_stride = static_cast<int64_t>(p.heads) * kDim;
-    bf16* out = p.out + chain.first_row * row_stride + chain.head * kDim + value_channel;
+    OutputWriter writer(smem.out[group * 4 + warp], p.out + chain.first_row * row_stride + chain.head * kDim + value_channel, row_stride,
+                        lane);
 
     float S[kStateRegisters];
-    load_state(p, chain, value_channel + r, c, S);
+    load_state(p, chain, value_channel + lane / 4, c, S);
 
-    RingCursor<kValueStages> value;
-    RingCursor<kFactorStages> factor;
-    for (int chunk = 0; chunk < chain.chunks(); ++chunk) {
-        const int valid = chain.length - chunk * kChunk;
-
+    RingCursor<kStages> ring;
+    uint32_t O[4];   // of the previous chunk, whose way out is hidden behind this chunk's products
+    const int chunks = chain.chunks();
+    for (int chunk = 0; chunk < chunks; ++chunk) {
         uint32_t S_b[kStateRegisters / 2];
         for (int i = 0; i < kStateRegisters / 2; ++i)
             S_b[i] = pack_bf16(S[2 * i], S[2 * i + 1]);
 
-        mbarrier_wait(smem.factor_full[factor.slot], factor.phase);
-        const FactorStage& stage = smem.factors[factor.slot];
+        mbarrier_wait(smem.ready[ring.slot], ring.phase);
+        const Stage& stage = smem.stages[ring.slot];
+        const SmallFactors& small = smem.small[ring.slot];
         uint32_t v[4];
-        load_v(smem.v[value.slot], group, warp, lane, valid, v);   // landed before the chunk was prepared
-        const uint64_t t = matrix_descriptor(stage.t, LayoutType::INTERLEAVE, kTColumnBytes, 128);
-        const uint64_t w = matrix_descriptor(stage.w, LayoutType::B128, 0, 8 * 128);
-        const uint64_t kr = matrix_descriptor(&stage.kr, LayoutType::B128, kTileHalfBytes, 8 * 128);
+        load_v(stage.v[group], warp, lane, v);   // landed before the chunk was prepared
+
+        const uint64_t t = matrix_descriptor(small.t, LayoutType::INTERLEAVE, kTColumnBytes, 128);
+        const uint64_t w = matrix_descriptor(stage.kq, LayoutType::B128, 0, 8 * 128);
+        const uint64_t z = matrix_descriptor(small.z, LayoutType::INTERLEAVE, kZColumnBytes, 128);
+        const uint64_t kr = matrix_descriptor(stage.g, LayoutType::B128, kHalfTileBytes, 8 * 128);
 
         float RO[16];   // R in the first half, O in the second
         fence_operands(RO);
         cute::warpgroup_arrive();
         wgmma<StepAtom>(RO, v, t, ScaleOut::Zero);
-        for (int s = 0; s < kDim / 16; ++s)   // 16 channels are 32 bytes of a swizzled row
-            wgmma<StepAtom>(RO, S_b + 4 * s, w + ((s / 4 * kWHalfBytes + s % 4 * 32) >> 4));
+        for (int s = 0; s < kBlocks; ++s)   // 16 channels are 32 bytes of a swizzled row
+            wgmma<StepAtom>(RO, S_b + 4 * s, w + ((s / 4 * 2 * kHalfTileBytes + s % 4 * 32) >> 4));
         cute::warpgroup_commit_batch();
 
         for (int j = 0; j < kDim / 8; j += 2) {
-            const float4 e = *reinterpret_cast<const float4*>(&stage.e[c][2 * j]);
+            const float4 e = *reinterpret_cast<const float4*>(&small.e[c][2 * j]);
             S[4 * j] *= e.x, S[4 * j + 1] *= e.y, S[4 * j + 2] *= e.x, S[4 * j + 3] *= e.y;
             S[4 * j + 4] *= e.z, S[4 * j + 5] *= e.w, S[4 * j + 6] *= e.z, S[4 * j + 7] *= e.w;
         }
+        fence_operands(S);   // scaled here, in the products' shadow, not after them
+        if (chunk > 0)
+            writer.write(O, kChunk);
 
         cute::warpgroup_wait<0>();
         fence_operands(RO);
-
         uint32_t R[4];
+        float O_new[8];
         for (int i = 0; i < 4; ++i)
             R[i] = pack_bf16(RO[2 * i], RO[2 * i + 1]);
-        fence_operands(S);
+        for (int i = 0; i < 8; ++i)
+            O_new[i] = RO[8 + i];
+        fence_operands(O_new);
         cute::warpgroup_arrive();
         wgmma<UpdateAtom>(S, R, kr);
+        wgmma<OutputAtom>(O_new, R, z);
         cute::warpgroup_commit_batch();
-
-        store_out(RO + 8, smem.out[group * 4 + warp], out, row_stride, lane, valid);
-        out += kChunk * row_stride;
-
+        const float2 scale_low = *reinterpret_cast<const float2*>(&small.out_scale[2 * c]);
+        const float2 scale_high = *reinterpret_cast<const float2*>(&small.out_scale[2 * c + 8]);
         cute::warpgroup_wait<0>();
         fence_operands(S);
+        fence_operands(O_new);
+        for (int i = 0; i < 2; ++i) {
+            O[i] = pack_bf16(O_new[2 * i] * scale_low.x, O_new[2 * i + 1] * scale_low.y);
+            O[2 + i] = pack_bf16(O_new[4 + 2 * i] * scale_high.x, O_new[5 + 2 * i] * scale_high.y);
+        }
         if (lane == 0)
-            mbarrier_arrive(smem.factor_empty[factor.slot]);
-        value.advance();
-        factor.advance();
+            mbarrier_arrive(smem.empty[ring.slot]);
+        ring.advance();
     }
-    store_state(p, chain, value_channel + r, c, S);
+    if (chunks > 0)
+        writer.write(O, chain.length - (chunks - 1) * kChunk);
+    store_state(p, chain, value_channel + lane / 4, c, S);
 }
 
 }  // namespace flash_kda::sm90

@@ -11,47 +11,51 @@ namespace flash_kda::sm90 {
 
 using bf16 = __nv_bfloat16;
 
-// [kChunk, kDim] bf16 as two halves of kHalf channels: [half][token][128 bytes], 16-byte units xor-swizzled by token % 8 (the
-// 128-byte swizzle of the copy engine and of wgmma), so that ldmatrix, stmatrix and wgmma all meet no bank conflict.
-struct alignas(1024) Tile {
-    bf16 data[kChunk * kDim];
+// [kChunk, kHalf] bf16: 16 rows of 128 bytes whose 16-byte units are xor-swizzled by row % 8, the 128-byte swizzle of the copy
+// engine and of wgmma; ldmatrix and stmatrix meet no bank conflict in it either.
+struct alignas(1024) HalfTile {
+    bf16 data[kChunk * kHalf];
 };
-constexpr int kTileBytes = sizeof(Tile);
-constexpr int kTileHalfBytes = kTileBytes / 2;
+constexpr int kHalfTileBytes = sizeof(HalfTile);
 
-// Written by the copy engine, read by one prepare group.
-struct InputStage {
-    Tile q, k, g;
+// A chunk, from raw input to the factors of its step, which take the place of the input they came from.
+//
+//          copy engine writes     prepare makes of it, for wgmma
+//   kq     k over q, by halves    [-W over qd]: B [2 kChunk, K], K-major     (in between: kd over qd)
+//   g      gate logits            kr: B [kChunk, K], N-major
+//   v      v                      left alone; the recurrence takes it as A through registers
+struct Stage {
+    HalfTile kq[kHalves][2];
+    HalfTile g[kHalves];
+    HalfTile v[kHalves];
 };
 
-// Written by one prepare group, read by both recurrence groups.
-struct alignas(1024) FactorStage {
-    bf16 w[2 * kChunk * kDim];   // [-W | qd - Z W]: wgmma B, [half][2 * kChunk rows][128 bytes] swizzled, K-major
-    Tile kr;                     // wgmma B, N-major
-    bf16 t[2 * kChunk * kChunk]; // [T | Z T]: wgmma B, K-major without swizzle: 8x8 matrices of 128 bytes, [k / 8][n / 8]
-    float e[4][36];              // E in the order of the accumulators: [lane % 4][channel / 8][2], rows padded apart in banks
+// The rest of a chunk's factors. wgmma takes t and z as B, K-major without swizzle: 8x8 matrices of 128 bytes, [k / 8][n / 8].
+struct SmallFactors {
+    bf16 t[2 * kChunk * kChunk];   // [T over 0]: what v adds to [R | O]
+    bf16 z[kChunk * kChunk];       // Z
+    float e[4][36];                // E in the order of the accumulators: [lane % 4][channel / 8][2]; rows kept apart in banks
+    float out_scale[kChunk];       // scale / |q|
 };
-constexpr int kWHalfBytes = 2 * kChunk * kHalf * 2;
 constexpr int kTColumnBytes = 2 * kChunk * 8 * 2;   // one k / 8 column of matrices in t
+constexpr int kZColumnBytes = kChunk * 8 * 2;       // and in z
 
-// One prepare group's own.
+// One prepare warp's own.
 struct PrepareScratch {
-    float4 partial[4][4][32];      // [warp][L or Z, column half][lane]: sums over each warp's channels
-    float a[kChunk][kChunk + 4];   // diag(beta) L; only what lies under the diagonal is read
-    float z[kChunk][kChunk + 4];   // Z, zero above the diagonal
-    float norm[2][kChunk][4];      // [q or k][token][warp]: sums of squares over each warp's channels
-    float beta[kChunk];
+    float a[kChunk][kChunk + 4];      // the system that T solves; only what lies under the diagonal is read
+    alignas(16) float columns[2][kChunk];   // scales of T's columns: as the recurrence wants it, and as W = T kd does
+    alignas(16) bf16 t_for_w[kChunk * kChunk];
 };
 
 struct SharedStorage {
-    InputStage input[kInputStages];
-    Tile v[kValueStages];                           // written by the copy engine, read by both recurrence groups
-    FactorStage factors[kFactorStages];
-    PrepareScratch scratch[kPrepareGroups];
-    bf16 out[kRecurrenceGroups * 4][kChunk * 16];   // one warp's [token, 16 value channels], on its way to global memory
-    uint64_t input_full[kInputStages];              // q, k, g and the v of the same chunk have landed
-    uint64_t factor_full[kFactorStages];            // an arrival a prepare warp
-    uint64_t factor_empty[kFactorStages];           // an arrival a recurrence warp
+    Stage stages[kStages];
+    SmallFactors small[kStages];
+    PrepareScratch scratch[kPrepareWarps];
+    bf16 out[kRecurrenceWarps][kChunk * 16];   // one warp's [token, 16 value channels], on its way to global memory
+    float gate_offset[kDim];                   // of this head; see prepare.cuh
+    uint64_t loaded[kStages];                  // copy engine -> prepare
+    uint64_t ready[kStages];                   // prepare -> recurrence, one arrival
+    uint64_t empty[kStages];                   // recurrence -> prepare, an arrival a warp
 };
 static_assert(sizeof(SharedStorage) <= 227 * 1024);
 

@@ -1,4 +1,4 @@
-// The two warpgroup products of the recurrence, A in registers and B in shared memory, through CuTe's atoms.
+// The warpgroup products of the recurrence, A in registers and B in shared memory, through CuTe's atoms.
 #pragma once
 
 #include <cute/arch/mma_sm90_gmma.hpp>
@@ -34,6 +34,7 @@ __device__ __forceinline__ void wgmma(float (&d)[kRegisters], const uint32_t* a,
 }
 
 using StepAtom = cute::SM90::GMMA::MMA_64x32x16_F32BF16BF16_RS<Major::K, Major::K>;
+using OutputAtom = cute::SM90::GMMA::MMA_64x16x16_F32BF16BF16_RS<Major::K, Major::K>;
 using UpdateAtom = cute::SM90::GMMA::MMA_64x128x16_F32BF16BF16_RS<Major::K, Major::MN>;
 
 template <int kRegisters>

@@ -1,0 +1,322 @@
+#!/usr/bin/env python3
+"""Turns recorded results (results/*.json) into Markdown, a plot, and the tables in README.md and docs/performance.md.
+
+    python benchmarks/report.py           # rewrite whatever is out of date
+    python benchmarks/report.py --check   # change nothing; exit 1 and say what is out of date
+
+Documents hold no typed figures. Each stands between a pair of marker comments and is generated from the results:
+
+    <!-- results:begin summary -->    geometric means of every group of rows, for every file in results/
+    <!-- results:begin rows -->       every row
+    <!-- results:begin accuracy -->   errors against the fp64 reference
+    <!-- results:begin figure FILE GROUP GATE -->   one geometric mean, for a sentence or a table cell; FILE is
+                                      relative to results/, without suffix: ladder/first is results/ladder/first.json
+    <!-- results:end -->
+
+results/ holds the current measurements, results/ladder/ those of earlier versions, which only `figure` reads.
+"""
+import argparse
+import json
+import math
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Dict, Iterable, List, NamedTuple, Optional, Tuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from rows import floor_us
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = ("README.md", "docs/performance.md")
+OURS = "flash_kda"
+CONVENTION_TBPS = 3.0  # floors are stated at this bandwidth, so that they compare across devices and reports
+NOT_MEASURED = "not measured yet"
+NO_RESULTS = ("No results are recorded yet. `python benchmarks/bench_fwd.py` on a Hopper GPU records them, "
+              "`python benchmarks/report.py` puts them here.")
+LABELS = {OURS: "flash_kda", "flashkda": "FlashKDA (vLLM)", "fla": "FLA chunk_kda"}
+
+Result = Dict  # what bench_fwd.py writes; all times in microseconds, all sizes in bytes
+
+
+class Figures(NamedTuple):
+    """One implementation on one row, or the geometric means over several."""
+    us: float
+    host_us: float
+    floor_us: float       # at CONVENTION_TBPS
+    copy_floor_us: float  # at the copy bandwidth measured in the same run
+    tbps: float           # unavoidable bytes over the time taken
+
+    @property
+    def over_floor(self) -> float:
+        return self.us / self.floor_us
+
+    @property
+    def over_copy_floor(self) -> float:
+        return self.us / self.copy_floor_us
+
+
+def figures(result: Result, entry: Dict, kernel: str) -> Optional[Figures]:
+    """A kernel's figures on a row entry of the result, or None where it has none."""
+    measured = entry["kernels"].get(kernel, {})
+    if "us" not in measured:
+        return None
+    size, bandwidth = entry["floor_bytes"], result["bandwidth_tbps"]
+    return Figures(measured["us"], measured["host_us"], floor_us(size, bandwidth["convention"]),
+                   floor_us(size, bandwidth["copy"]), size / (measured["us"] * 1e6))
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    logs = [math.log(value) for value in values]
+    return math.exp(sum(logs) / len(logs))
+
+
+def mean_figures(result: Result, entries: List[Dict], kernel: str) -> Optional[Figures]:
+    """Geometric means over the entries, or None unless the kernel has figures on all of them."""
+    each = [figures(result, entry, kernel) for entry in entries]
+    if not each or None in each:
+        return None
+    return Figures(*(geometric_mean(values) for values in zip(*each)))
+
+
+def _groups(result: Result) -> List[Tuple[str, str, List[Dict]]]:
+    """(gate, group, entries) in the order in which they were measured."""
+    groups: Dict[Tuple[str, str], List[Dict]] = {}
+    for entry in result["rows"]:
+        groups.setdefault((entry["gate"], entry["group"]), []).append(entry)
+    return [(gate, group, entries) for (gate, group), entries in groups.items()]
+
+
+def _peers(result: Result) -> List[str]:
+    return [kernel for kernel in result["kernels"] if kernel != OURS]
+
+
+def _table(header: List[str], lines: List[List[str]], text_columns: int) -> str:
+    """A Markdown table whose first `text_columns` columns are text and the others numbers."""
+    rule = ["---"] * text_columns + ["---:"] * (len(header) - text_columns)
+    return "\n".join("| %s |" % " | ".join(cells) for cells in [header, rule] + lines)
+
+
+def _figure_headers(peers: List[str]) -> List[str]:
+    header = ["floor µs", "flash_kda µs", "× floor", "× copy floor", "TB/s", "host µs"]
+    for peer in peers:
+        header += [LABELS[peer] + " µs", "host µs", "× flash_kda"]
+    return header
+
+
+def _figure_cells(ours: Optional[Figures], theirs: List[Optional[Figures]]) -> List[str]:
+    if ours is None:
+        return [NOT_MEASURED] + ["—"] * (5 + 3 * len(theirs))
+    cells = ["%.1f" % ours.floor_us, "%.1f" % ours.us, "%.2f" % ours.over_floor, "%.2f" % ours.over_copy_floor,
+             "%.2f" % ours.tbps, "%.1f" % ours.host_us]
+    for peer in theirs:
+        cells += ["%.1f" % peer.us, "%.1f" % peer.host_us, "%.2f" % (peer.us / ours.us)] if peer else ["—"] * 3
+    return cells
+
+
+def summary_table(result: Result) -> str:
+    """Geometric means, a line a gate and group."""
+    peers = _peers(result)
+    lines = []
+    for gate, group, entries in _groups(result):
+        cells = _figure_cells(mean_figures(result, entries, OURS),
+                              [mean_figures(result, entries, peer) for peer in peers])
+        lines.append([group, gate, str(len(entries))] + cells)
+    return _table(["rows", "gate", "count"] + _figure_headers(peers), lines, text_columns=2)
+
+
+def rows_table(result: Result) -> str:
+    """Every row, a line a gate and row."""
+    peers = _peers(result)
+    lines = []
+    for gate, _, entries in _groups(result):
+        for entry in entries:
+            cells = _figure_cells(figures(result, entry, OURS), [figures(result, entry, peer) for peer in peers])
+            lines.append([entry["row"], gate] + cells)
+    return _table(["row", "gate"] + _figure_headers(peers), lines, text_columns=2)
+
+
+def accuracy_table(result: Result) -> str:
+    """Errors against the fp64 reference, a line a gate and implementation."""
+    lines = []
+    for entry in result["accuracy"]:
+        cells = ["%.2e" % entry["out"], "%.2e" % entry["state"]] if "out" in entry else ["—", "—"]
+        lines.append([entry["gate"], LABELS[entry["kernel"]]] + cells)
+    return _table(["gate", "implementation", "out", "final state"], lines, text_columns=2)
+
+
+def provenance(result: Result) -> str:
+    """One line: where, when and of what a result was measured."""
+    device, bandwidth = result["device"], result["bandwidth_tbps"]
+    commit = "commit %s" % result["commit"][:12] if result["commit"] else "unknown commit"
+    if result["dirty"]:
+        commit += " with local changes"
+    versions = ["%s %s" % (LABELS[name], version) for name, version in result["kernels"].items()]
+    parts = [result["date"], commit, ", ".join(versions), "PyTorch %s" % result["torch"], "CUDA %s" % result["cuda"]]
+    if device.get("driver"):
+        parts.append("driver %s" % device["driver"])
+    if device.get("sm_mhz"):
+        parts.append("SM clock %s of %s MHz" % (device["sm_mhz"], device["sm_max_mhz"]))
+    parts.append("copy bandwidth %.2f TB/s" % bandwidth["copy"])
+    return "; ".join(parts) + "."
+
+
+def markdown(result: Result, plot_name: Optional[str] = None) -> str:
+    """The whole result as one Markdown document."""
+    parts = ["# %s" % result["device"]["name"], provenance(result),
+             "Times are GPU microseconds; the floor is the row's unavoidable bytes at %.1f TB/s, the copy floor at the "
+             "copy bandwidth measured in the same run." % result["bandwidth_tbps"]["convention"],
+             "## Geometric means", summary_table(result), "## Rows", rows_table(result),
+             "## Relative error against the fp64 reference", accuracy_table(result)]
+    if plot_name:
+        parts.insert(3, "![Time over the memory floor, a bar a row](%s)" % plot_name)
+    return "\n\n".join(parts) + "\n"
+
+
+def progress_line(result: Result, entry: Dict) -> str:
+    """A row as it is printed while the benchmark runs."""
+    parts = []
+    for kernel in result["kernels"]:
+        f = figures(result, entry, kernel)
+        if f is None:
+            parts.append("%s: %s" % (kernel, entry["kernels"].get(kernel, {}).get("error", NOT_MEASURED)))
+        else:
+            parts.append("%s %.1f us = %.2fx (%.2f TB/s, host %.1f us)"
+                         % (kernel, f.us, f.over_floor, f.tbps, f.host_us))
+    floor = floor_us(entry["floor_bytes"], result["bandwidth_tbps"]["convention"])
+    return "%-7s %-9s %-16s floor %.1f us | %s" % (
+        entry["gate"], entry["group"], entry["row"], floor, " | ".join(parts))
+
+
+def plot(result: Result, path: Path) -> bool:
+    """Draws time over the floor, a bar a row and implementation, a panel a gate. False without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import FuncFormatter, NullFormatter
+    except ImportError:
+        return False
+    gates = list(dict.fromkeys(entry["gate"] for entry in result["rows"]))
+    names = list(result["kernels"])
+    most = max(sum(entry["gate"] == gate for entry in result["rows"]) for gate in gates)
+    figure = Figure(figsize=(6 * len(gates), 1.5 + 0.2 * most * (len(names) + 0.5)), layout="constrained")
+    panels = figure.subplots(1, len(gates), squeeze=False)[0]
+    thickness = 0.8 / len(names)
+    for panel, gate in zip(panels, gates):
+        entries = [entry for entry in result["rows"] if entry["gate"] == gate]
+        for i, name in enumerate(names):
+            bars = [(y + i * thickness, f.over_floor) for y, f in
+                    ((y, figures(result, entry, name)) for y, entry in enumerate(entries)) if f]
+            panel.barh([y for y, _ in bars], [x for _, x in bars], height=thickness, align="edge", label=LABELS[name])
+        panel.axvline(1, color="black", linewidth=1)
+        panel.set_yticks([y + 0.4 for y in range(len(entries))], labels=[entry["row"] for entry in entries], fontsize=8)
+        panel.margins(y=0.01)
+        panel.invert_yaxis()
+        panel.set_xscale("log")
+        panel.set_xlim(left=min(0.5, panel.get_xlim()[0]))
+        panel.set_xticks([x for x in (0.5, 1, 2, 5, 10, 20, 50, 100) if x <= panel.get_xlim()[1]])
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: "%g" % x))
+        panel.xaxis.set_minor_formatter(NullFormatter())
+        panel.set_xlabel("time over the floor at %.1f TB/s" % result["bandwidth_tbps"]["convention"])
+        panel.set_title("%s gate" % gate)
+    panels[-1].legend(fontsize=8)
+    figure.suptitle(result["device"]["name"])
+    figure.savefig(str(path), dpi=120)
+    return True
+
+
+def write_companions(json_path: Path) -> List[Path]:
+    """Writes the plot and the Markdown beside a result; returns what was written."""
+    result = json.loads(json_path.read_text(encoding="utf-8"))
+    png, md = json_path.with_suffix(".png"), json_path.with_suffix(".md")
+    if not plot(result, png):
+        print("no plot: matplotlib is not installed")
+        if png.exists():
+            png.unlink()  # a plot of an earlier run would pass for this one's
+    md.write_text(markdown(result, png.name if png.exists() else None), encoding="utf-8")
+    return [path for path in (png, md) if path.exists()]
+
+
+def load_results(folder: Path) -> Dict[str, Result]:
+    """The results in a folder, by file name without suffix."""
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+
+
+def _section(result: Result, table: str, image: Optional[str] = None) -> str:
+    parts = ["**%s**: %s" % (result["device"]["name"], provenance(result)), table]
+    if image:
+        parts.append("![Time over the memory floor, a bar a row](%s)" % image)
+    return "\n\n".join(parts)
+
+
+def _figure(folder: Path, file: str, group: str, gate: str) -> str:
+    path = folder / (file + ".json")
+    if not path.exists():
+        return NOT_MEASURED
+    result = json.loads(path.read_text(encoding="utf-8"))
+    for found_gate, found_group, entries in _groups(result):
+        if (found_gate, found_group) == (gate, group):
+            mean = mean_figures(result, entries, OURS)
+            if mean:
+                return "%.1f µs, %.2f × floor (%s)" % (mean.us, mean.over_floor, result["device"]["name"])
+    return NOT_MEASURED
+
+
+def _block(name: str, document: Path, folder: Path) -> str:
+    words = name.split()
+    if len(words) == 4 and words[0] == "figure":
+        return _figure(folder, *words[1:])
+    tables = {"summary": summary_table, "rows": rows_table, "accuracy": accuracy_table}
+    if name not in tables:
+        raise ValueError("%s: no such block of results: %r" % (document, name))
+    sections = []
+    for stem, result in load_results(folder).items():
+        png = folder / (stem + ".png")
+        image = None
+        if name == "summary" and png.exists():
+            image = os.path.relpath(str(png), str(document.parent)).replace(os.sep, "/")
+        sections.append(_section(result, tables[name](result), image))
+    return "\n" + ("\n\n".join(sections) or NO_RESULTS) + "\n"
+
+
+_BLOCK = re.compile(r"(<!-- results:begin ([^>]*?) -->)(.*?)(<!-- results:end -->)", re.DOTALL)
+
+
+def regenerate(text: str, document: Path, folder: Path) -> str:
+    """The document's text with every block of results generated anew. Raises ValueError for broken markers."""
+    pairs = len(_BLOCK.findall(text))
+    if any("results:begin" in match.group(3) for match in _BLOCK.finditer(text)) or \
+            not pairs == text.count("<!-- results:begin") == text.count("<!-- results:end"):
+        raise ValueError("%s: markers of results do not pair up" % document)
+    return _BLOCK.sub(lambda match: match.group(1) + _block(match.group(2), document, folder) + match.group(4), text)
+
+
+def outdated(root: Path = ROOT) -> Dict[Path, str]:
+    """Files that differ from what the results say, and what they should hold."""
+    folder = root / "benchmarks" / "results"
+    wanted = {}
+    for path in sorted(folder.rglob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        png = path.with_suffix(".png")
+        wanted[path.with_suffix(".md")] = markdown(result, png.name if png.exists() else None)
+    for name in DOCUMENTS:
+        document = root / name
+        wanted[document] = regenerate(document.read_text(encoding="utf-8"), document, folder)
+    return {path: text for path, text in wanted.items()
+            if not path.exists() or path.read_text(encoding="utf-8") != text}
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where a file is out of date")
+    args = parser.parse_args(argv)
+    stale = outdated()
+    for path, text in stale.items():
+        if not args.check:
+            path.write_text(text, encoding="utf-8")
+        print("%s: %s" % ("out of date" if args.check else "wrote", path.relative_to(ROOT)))
+    return 1 if args.check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

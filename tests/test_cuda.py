@@ -1,0 +1,254 @@
+"""What `flash_kda.fwd` promises on CUDA tensors only: streams, graphs, sizes, and staying inside its tensors."""
+
+import pytest
+import torch
+
+import flash_kda
+from problems import D, check, error, make, reference, run, same_bits
+
+pytestmark = pytest.mark.gpu
+
+BUSY_CYCLES = 10 ** 9  # about half a second of a stream kept busy
+
+
+def copy_inputs(to, source):
+    for name, x in to.arguments().items():
+        if isinstance(x, torch.Tensor):
+            x.copy_(getattr(source, name))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_graph_replay_with_new_inputs(packed):
+    lens = [40, 0, 70, 16, 33] if packed else [50] * 3
+    x = make(lens, packed=packed, device="cuda")
+    out, state = torch.empty_like(x.v), torch.empty_like(x.initial_state)
+    call = lambda: flash_kda.fwd(out=out, final_state=state, **x.arguments())
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    # Lengths may change between replays as long as their number and total stay.
+    for seed, new_lens in enumerate((lens, lens[::-1], [159, 0, 0, 0, 0] if packed else lens), start=100):
+        y = make(new_lens, packed=packed, seed=seed, device="cuda")
+        copy_inputs(x, y)
+        out.fill_(float("nan"))
+        state.fill_(float("nan"))
+        graph.replay()
+        expected_out, expected_state = run(y)
+        assert same_bits(out, expected_out) and same_bits(state, expected_state)
+        check(y, out, state, slack=1.5)
+
+
+def test_runs_on_the_current_stream():
+    y = make([40, 70], seed=1, device="cuda")
+    expected, expected_state = run(y)
+    x = y.clone()
+    for value in (x.q, x.k, x.v, x.g, x.beta, x.initial_state):
+        value.fill_(float("nan"))
+    out, state = torch.empty_like(x.v), torch.empty_like(x.initial_state)
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(BUSY_CYCLES)  # any other stream would now run ahead of the inputs
+        copy_inputs(x, y)
+        flash_kda.fwd(out=out, final_state=state, **x.arguments())
+    side.synchronize()
+    assert same_bits(out, expected) and same_bits(state, expected_state)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_does_not_synchronise(packed):
+    x = make([40, 40], packed=packed, device="cuda")
+    out, state = torch.empty_like(x.v), torch.empty_like(x.initial_state)
+    call = lambda: flash_kda.fwd(out=out, final_state=state, **x.arguments())
+    call()  # the first call may load the module
+    torch.cuda.synchronize()
+    done = torch.cuda.Event()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.cuda._sleep(BUSY_CYCLES)
+        call()
+        done.record()
+        assert not done.query(), "the stream was waited for"
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+
+
+def test_allocates_only_through_pytorch():
+    x = make([4000, 33, 70], heads=16, device="cuda")
+    out, state = torch.empty_like(x.v), torch.empty_like(x.initial_state)
+    call = lambda: flash_kda.fwd(out=out, final_state=state, **x.arguments())
+    call()
+    torch.cuda.synchronize()
+    held = lambda: torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+    before = held()
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    assert held() == before
+
+
+@pytest.mark.parametrize("offsets", [
+    [-1, 20, 60, 100],
+    [0, 80, 20, 100],
+    [0, 20, 60, 1000000],
+    [100, 60, 20, 0],
+    [-(2 ** 63), 2 ** 63 - 1, -(2 ** 63), 2 ** 63 - 1],
+    [2 ** 62, 2 ** 62 + 5, 2 ** 62 + 1000, 2 ** 62 + 2000],
+    [0, 2 ** 31, 2 ** 32 + 7, 100],
+    [50, 101, 102, 103],
+    [0, 100, 200, 300],
+    [0, 0, 0, 101],
+    [17, 17, 17, 17],
+    [99, 100, 99, 100],
+    [-16, -8, -4, -1],
+], ids=str)
+def test_garbage_cu_seqlens_stays_inside(offsets):
+    # `run` guards both outputs; a read outside would be an illegal address, or compute-sanitizer's to find.
+    x = make([20, 40, 40], heads=2, device="cuda")
+    garbage = x.replace(cu_seqlens=torch.tensor(offsets, device="cuda"))
+    before = garbage.clone()
+    run(garbage)
+    run(garbage, in_place=True)
+    run(garbage.replace(initial_state=None), final=None)
+    torch.cuda.synchronize()
+    for name, y in before.arguments().items():
+        if isinstance(y, torch.Tensor):
+            assert torch.equal(getattr(garbage, name), y), name
+    check(x, *run(x), slack=1.5)  # the device is as good as before
+
+
+def test_check_variable_validates_cu_seqlens(monkeypatch):
+    monkeypatch.setenv("FLASH_KDA_CHECK", "1")
+    x = make([20, 40, 40], heads=2, device="cuda")
+    check(x, *run(x), slack=1.5)
+    for offsets in ([1, 20, 60, 100], [0, 60, 20, 100], [0, 20, 60, 99]):
+        out = torch.full_like(x.v, 7.0)
+        y = x.replace(cu_seqlens=torch.tensor(offsets, device="cuda"))
+        with pytest.raises(ValueError, match="^cu_seqlens: "):
+            flash_kda.fwd(out=out, **y.arguments())
+        assert (out == 7.0).all()
+
+
+def test_check_variable_lets_a_graph_be_captured(monkeypatch):
+    monkeypatch.setenv("FLASH_KDA_CHECK", "1")
+    x = make([20, 40], heads=2, device="cuda")
+    expected, _ = run(x)
+    out = torch.empty_like(x.v)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        flash_kda.fwd(out=out, **x.arguments())
+    graph.replay()
+    assert same_bits(out, expected)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "g", "out", "initial_state", "final_state"])
+def test_unaligned_tensor(name):
+    x = make([20], heads=2, device="cuda")
+    arguments = dict(x.arguments(), out=torch.full_like(x.v, 7.0), final_state=torch.full_like(x.initial_state, 7.0))
+    good = arguments[name]
+    buffer = torch.zeros(good.numel() + 1, dtype=good.dtype, device="cuda")
+    buffer[1:] = good.flatten()
+    arguments[name] = buffer[1:].view(good.shape)
+    with pytest.raises(ValueError, match="^{}: .*16 bytes".format(name)):
+        flash_kda.fwd(**arguments)
+    assert (arguments["out"] == 7.0).all() and (arguments["final_state"] == 7.0).all()
+
+
+def test_small_tensors_need_no_alignment():
+    x = make([20, 13], heads=3, device="cuda")
+    expected, expected_state = run(x)
+    arguments = x.arguments()
+    for name in ("beta", "A_log", "dt_bias", "cu_seqlens"):
+        good = arguments[name]
+        buffer = torch.zeros(good.numel() + 1, dtype=good.dtype, device="cuda")
+        buffer[1:] = good.flatten()
+        arguments[name] = buffer[1:].view(good.shape)
+        out, state = run(x.replace(**{name: arguments[name]}))
+        assert same_bits(out, expected) and same_bits(state, expected_state), name
+
+
+@pytest.mark.parametrize("name", ["k", "beta", "out", "A_log", "final_state", "cu_seqlens"])
+def test_device_mix(name):
+    x = make([20], heads=2, device="cuda")
+    arguments = dict(x.arguments(), out=torch.full_like(x.v, 7.0), final_state=torch.full_like(x.initial_state, 7.0))
+    arguments[name] = arguments[name].cpu()
+    with pytest.raises(ValueError, match="^{}: .*cuda:0.*cpu".format(name)):
+        flash_kda.fwd(**arguments)
+    assert (arguments["out"] == 7.0).all() and (arguments["final_state"] == 7.0).all()
+
+
+def test_another_device_than_the_current_one():
+    if torch.cuda.device_count() < 2 or torch.cuda.get_device_capability(1) != (9, 0):
+        pytest.skip("needs two GPUs of compute capability 9.0")
+    x = make([40, 0, 70], device="cuda:1")
+    assert torch.cuda.current_device() == 0
+    check(x, *run(x), slack=1.5)
+    assert torch.cuda.current_device() == 0
+
+
+def test_agrees_with_the_cpu_path():
+    x = make([130, 0, 70], device="cuda")
+    y = make([130, 0, 70])
+    for found, expected in zip(run(x), run(y)):
+        assert error(found.cpu(), expected.double()) <= 8e-3
+
+
+# ---------------------------------------------------------------- past 2^31 elements
+
+
+def need_memory(gib):
+    if torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated() < gib << 30:
+        pytest.skip("needs {} GiB of free GPU memory".format(gib))
+
+
+def large(shape):
+    """Random tokens made on the GPU: q, k, v, g."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    return [torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_(generator=generator) for _ in range(4)]
+
+
+@pytest.mark.parametrize("layout", ["one", "batch", "packed"])
+def test_more_than_2_31_elements_of_tokens(layout):
+    need_memory(32)
+    T, H, window = 270000, 64, 400
+    assert T * H * D > 2 ** 31
+    B = 2 if layout == "batch" else 1
+    small = make([window], heads=H, gate="random", packed=False, state=None, device="cuda")
+    q, k, v, g = large((B, T // B, H, D))
+    beta = torch.randn(B, T // B, H, device="cuda").bfloat16()
+    out = torch.full_like(v, float("nan"))
+    lens = {"one": [T], "batch": [T // 2] * 2, "packed": [T - 1000, 1000]}[layout]
+    state = torch.full((len(lens), H, D, D), float("nan"), device="cuda")
+    cu_seqlens = torch.tensor([0, lens[0], T], device="cuda") if layout == "packed" else None
+    x = small.replace(q=q, k=k, v=v, g=g, beta=beta, cu_seqlens=cu_seqlens, lens=lens)
+    flash_kda.fwd(out=out, final_state=state, **x.arguments())
+    # The gates forget all but the last few tokens: a window started from zero has the truth in its second half.
+    flat = {name: getattr(x, name).flatten(0, 1) for name in ("q", "k", "v", "g", "beta")}
+    for end in (2 ** 31 // (H * D) + window // 4, T):
+        tokens = {name: y[end - window : end].unsqueeze(0).contiguous() for name, y in flat.items()}
+        true_out, true_state = reference(small.replace(lens=[window], **tokens))
+        half = slice(end - window // 2, end)
+        assert error(out.flatten(0, 1)[half], true_out[0, window // 2 :]) <= 5.5e-3, end
+    assert error(state[-1:], true_state) <= 4e-3
+    assert not out.flatten(0, 1)[:: T // 100].isnan().any()
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_more_than_2_31_elements_of_states(packed):
+    need_memory(40)
+    N, H = 2100, 64
+    assert N * H * D * D > 2 ** 31
+    x = make([1] * N, heads=H, packed=packed, state=None, device="cuda")
+    state = torch.empty(N, H, D, D, device="cuda").normal_()
+    last = state[-2:].clone()
+    out = torch.full_like(x.v, float("nan"))
+    flash_kda.fwd(out=out, **x.replace(initial_state=state).arguments(), final_state=state)
+    tail = {name: getattr(x, name).view(N, 1, H, -1)[-2:] for name in ("q", "k", "v", "g")}
+    tail.update(beta=x.beta.view(N, 1, H)[-2:], cu_seqlens=None, initial_state=last, lens=[1, 1])
+    y = x.replace(**tail)
+    check(y, out.view(N, 1, H, D)[-2:], state[-2:], slack=1.5)

@@ -1,0 +1,43 @@
+"""The README's Python runs as printed and gives what its text says; links into the project lead somewhere."""
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import flash_kda
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = [ROOT / "README.md"] + sorted((ROOT / "docs").glob("*.md"))
+
+
+def relative_error(got, want):
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+def test_readme_examples():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", readme, re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 4
+    torch.manual_seed(0)
+    names = {}
+    for block in blocks:
+        if "import chunk_kda" not in block:  # that one needs flash-linear-attention, and has tests of its own
+            exec(block, names)
+    x = [names[name] for name in ("q", "k", "v", "g", "beta")]
+    gate = (names["K"] ** -0.5, names["A_log"], names["dt_bias"], -5.0)
+    want, want_state = flash_kda.reference(*x, *gate)
+    for got in ("out", "streamed"):
+        assert relative_error(names[got], want) < 5.5e-3
+    for got in ("state", "carried"):
+        assert relative_error(names[got], want_state) < 4e-3
+    want, want_state = flash_kda.reference(*names["packed"], *gate, cu_seqlens=names["cu_seqlens"])
+    assert relative_error(names["packed_out"], want) < 5.5e-3
+    assert relative_error(names["packed_state"], want_state) < 4e-3
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document):
+    targets = re.findall(r"\]\(([^)#\s]+)\)", document.read_text(encoding="utf-8"))
+    missing = [target for target in targets if "://" not in target and not (document.parent / target).exists()]
+    assert not missing
