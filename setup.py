@@ -29,7 +29,7 @@ def cuda_archs():
     for arch in archs:
         if not re.fullmatch(r"\d{2,3}[af]?", arch):
             sys.exit("flash_kda: FLASH_KDA_CUDA_ARCHS holds {!r}; write architectures as in \"90a\", separated by ';'".format(arch))
-    return archs
+    return list(dict.fromkeys(archs))
 
 
 def nvcc_with_reports(cuda):

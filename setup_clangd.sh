@@ -40,9 +40,10 @@ def fragment(path_match, flags):
     return lines + ["    - " + json.dumps(flag) for flag in flags]
 
 
+cuda_sources = r"csrc/.*\.cuh?|csrc/sm[0-9]+/.*\.h"  # headers of the kernels hold device code
 # JSON's strings are YAML's too
 with open(".clangd", "w") as file:
     file.write("# Written by setup_clangd.sh\n")
-    file.write("\n---\n".join("\n".join(fragment(*pair)) for pair in ((r"csrc/.*", flags), (r"csrc/.*\.cuh?", cuda_flags))) + "\n")
+    file.write("\n---\n".join("\n".join(fragment(*pair)) for pair in ((r"csrc/.*", flags), (cuda_sources, cuda_flags))) + "\n")
 print("Wrote .clangd: CUDA {}, CUTLASS {}, pybind11 {}".format(cuda.home, cutlass.include_dir, pybind11))
 END

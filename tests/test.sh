@@ -5,6 +5,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../examples/setup_env.sh"
 set_up
 install pytest=pytest
+install matplotlib=matplotlib || say "It cannot be installed here: the test of the benchmark's plot will be skipped"
 
 # The flash-linear-attention releases that tests/test_fla.py runs, each in a folder of its own
 for version in 0.5.0 0.5.1 0.5.2 0.6.0; do
