@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# compute-sanitizer's memcheck and racecheck over a small case of every variant of the CUDA path. Needs a Hopper GPU and the .venv that
+# tests/test.sh makes (or another interpreter with flash_kda installed, in $PYTHON).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+python=${PYTHON:-../.venv/bin/python}
+
+# Warps hand shared memory over by one lane's arrival on an mbarrier after __syncwarp: an indirect dependency for the other lanes.
+for tool in "memcheck" "racecheck --racecheck-indirect-barrier-dependency yes"; do
+    echo "== $tool"
+    # shellcheck disable=SC2086  # two words
+    compute-sanitizer --tool $tool --error-exitcode 1 "$python" sanitize.py
+done
