@@ -9,11 +9,13 @@ Documents hold no typed figures. Each stands between a pair of marker comments a
     <!-- results:begin summary -->    geometric means of every group of rows, for every file in results/
     <!-- results:begin rows -->       every row
     <!-- results:begin accuracy -->   errors against the fp64 reference
-    <!-- results:begin figure FILE GROUP GATE -->   one geometric mean, for a sentence or a table cell; FILE is
-                                      relative to results/, without suffix: ladder/first is results/ladder/first.json
+    <!-- results:begin ladder -->     the versions of the kernel: time predicted, time measured
+    <!-- results:begin tried -->      what was tried and dropped
+    <!-- results:begin profile -->    what the profiler said
     <!-- results:end -->
 
-results/ holds the current measurements, results/ladder/ those of earlier versions, which only `figure` reads.
+results/ holds the current measurements; the last three come from results/ladder/history.json, which is kept by hand: an entry
+a version, written when it was measured.
 """
 import argparse
 import json
@@ -22,11 +24,11 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Dict, Iterable, List, NamedTuple, Optional, Tuple
+from typing import Callable, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from rows import floor_us
+from rows import floor_us, select
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ("README.md", "docs/performance.md")
@@ -38,6 +40,7 @@ NO_RESULTS = ("No results are recorded yet. `python benchmarks/bench_fwd.py` on 
 LABELS = {OURS: "flash_kda", "flashkda": "FlashKDA (vLLM)", "fla": "FLA chunk_kda"}
 
 Result = Dict  # what bench_fwd.py writes; all times in microseconds, all sizes in bytes
+History = Dict  # results/ladder/history.json: one row on one device, version after version
 
 
 class Figures(NamedTuple):
@@ -249,23 +252,46 @@ def _section(result: Result, table: str, image: Optional[str] = None) -> str:
     return "\n\n".join(parts)
 
 
-def _figure(folder: Path, file: str, group: str, gate: str) -> str:
-    path = folder / (file + ".json")
+def ladder_table(history: History) -> str:
+    """A line a version of the kernel."""
+    row, = select(history["row"])
+    floor = floor_us(row.floor_bytes, CONVENTION_TBPS)
+    lines = []
+    for number, version in enumerate(history["versions"], 1):
+        commit, predicted, measured = version["commit"], version["predicted_us"], version["measured_us"]
+        lines.append([str(number), version["change"], "`%s`" % commit[:7] if commit else "—", version["finding"] or "",
+                      "%g" % predicted if predicted else "—", "–".join("%g" % us for us in measured),
+                      "–".join("%.2f" % (us / floor) for us in measured)])
+    return _table(["", "what changed", "commit", "what it taught", "predicted µs", "measured µs", "× floor"], lines,
+                  text_columns=4)
+
+
+def tried_table(history: History) -> str:
+    """What did not pay, each beside the version that it was tried on."""
+    lines = [[entry["change"], entry["finding"] or "", "%g" % entry["us"] if entry["us"] else "—",
+              "%g" % entry["instead_of_us"] if entry["us"] else "—"] for entry in history["tried"]]
+    return _table(["tried and dropped", "finding", "µs with", "µs without"], lines, text_columns=2)
+
+
+def profile_table(history: History) -> str:
+    """Figures of Nsight Compute's."""
+    lines = [[entry["quantity"], ("%g %s" % (entry["value"], entry["unit"])).strip(), str(entry["version"])]
+             for entry in history["profile"]]
+    return _table(["Nsight Compute", "value", "version"], lines, text_columns=1)
+
+
+def _history(table: Callable[[History], str], folder: Path) -> str:
+    path = folder / "ladder" / "history.json"
     if not path.exists():
         return NOT_MEASURED
-    result = json.loads(path.read_text(encoding="utf-8"))
-    for found_gate, found_group, entries in _groups(result):
-        if (found_gate, found_group) == (gate, group):
-            mean = mean_figures(result, entries, OURS)
-            if mean:
-                return "%.1f µs, %.2f × floor (%s)" % (mean.us, mean.over_floor, result["device"]["name"])
-    return NOT_MEASURED
+    history = json.loads(path.read_text(encoding="utf-8"))
+    return "**%s**: %s, %s gate.\n\n%s" % (history["device"], history["row"], history["gate"], table(history))
 
 
 def _block(name: str, document: Path, folder: Path) -> str:
-    words = name.split()
-    if len(words) == 4 and words[0] == "figure":
-        return _figure(folder, *words[1:])
+    histories = {"ladder": ladder_table, "tried": tried_table, "profile": profile_table}
+    if name in histories:
+        return "\n" + _history(histories[name], folder) + "\n"
     tables = {"summary": summary_table, "rows": rows_table, "accuracy": accuracy_table}
     if name not in tables:
         raise ValueError("%s: no such block of results: %r" % (document, name))
@@ -295,7 +321,7 @@ def outdated(root: Path = ROOT) -> Dict[Path, str]:
     """Files that differ from what the results say, and what they should hold."""
     folder = root / "benchmarks" / "results"
     wanted = {}
-    for path in sorted(folder.rglob("*.json")):
+    for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
         png = path.with_suffix(".png")
         wanted[path.with_suffix(".md")] = markdown(result, png.name if png.exists() else None)

@@ -51,19 +51,31 @@ def synthetic():
 
 
 @pytest.fixture
-def project(tmp_path, synthetic):
+def history():
+    return {"device": "Test GPU", "row": "T8192-H96", "gate": "slow",
+            "versions": [{"change": "first", "commit": "0123456789abcdef", "predicted_us": 500, "measured_us": [679.5],
+                          "finding": "waits"},
+                         {"change": "second", "commit": None, "predicted_us": None, "measured_us": [340, 509.6],
+                          "finding": None}],
+            "tried": [{"change": "slower", "us": 510, "instead_of_us": 480, "finding": "spills"},
+                      {"change": "the same", "us": None, "instead_of_us": None, "finding": None}],
+            "profile": [{"quantity": "waiting", "value": 12.5, "unit": "%", "version": 2}]}
+
+
+@pytest.fixture
+def project(tmp_path, synthetic, history):
     """A project with one result, no plot, and documents with a block of each kind."""
     results = tmp_path / "benchmarks" / "results"
     (results / "ladder").mkdir(parents=True)
     (tmp_path / "docs").mkdir()
-    for path in (results / "test.json", results / "ladder" / "first.json"):
-        path.write_text(json.dumps(synthetic), encoding="utf-8")
+    (results / "test.json").write_text(json.dumps(synthetic), encoding="utf-8")
+    (results / "ladder" / "history.json").write_text(json.dumps(history), encoding="utf-8")
     (tmp_path / "README.md").write_text(
         "before\n<!-- results:begin summary -->\n<!-- results:end -->\nafter\n", encoding="utf-8")
     (tmp_path / "docs" / "performance.md").write_text(
         "<!-- results:begin rows --><!-- results:end -->\n<!-- results:begin accuracy --><!-- results:end -->\n"
-        "| first | <!-- results:begin figure ladder/first standard slow --><!-- results:end --> |\n"
-        "| next | <!-- results:begin figure ladder/next standard slow --><!-- results:end --> |\n", encoding="utf-8")
+        "<!-- results:begin ladder --><!-- results:end -->\n<!-- results:begin tried --><!-- results:end -->\n"
+        "<!-- results:begin profile --><!-- results:end -->\n", encoding="utf-8")
     return tmp_path
 
 
@@ -171,6 +183,14 @@ def test_tables_are_rectangular_and_say_what_is_missing(synthetic):
         ["slow", "flash_kda", "1.23e-03", "4.56e-03"], ["slow", "FlashKDA (vLLM)", "—", "—"]]
 
 
+def test_ladder_tables(history):
+    assert cells(report.ladder_table(history))[2:] == [
+        ["1", "first", "`0123456`", "waits", "500", "679.5", "2.00"],
+        ["2", "second", "—", "", "—", "340–509.6", "1.00–1.50"]]
+    assert cells(report.tried_table(history))[2:] == [["slower", "spills", "510", "480"], ["the same", "", "—", "—"]]
+    assert cells(report.profile_table(history))[2:] == [["waiting", "12.5 %", "2"]]
+
+
 def test_markdown_says_where_it_comes_from(synthetic):
     text = report.markdown(synthetic)
     for said in ("Test GPU", "2000-01-01", "0123456789ab with local changes", "driver 1.2", "PyTorch 2.4.0",
@@ -213,7 +233,7 @@ def write_outdated(root):
 
 
 def test_documents_are_brought_up_to_date_once(project):
-    assert {path.name for path in report.outdated(project)} == {"README.md", "performance.md", "test.md", "first.md"}
+    assert {path.name for path in report.outdated(project)} == {"README.md", "performance.md", "test.md"}
     write_outdated(project)
     assert report.outdated(project) == {}
     readme = (project / "README.md").read_text(encoding="utf-8")
@@ -221,8 +241,8 @@ def test_documents_are_brought_up_to_date_once(project):
     assert "Test GPU" in readme and "| standard | slow | 2 |" in readme and ".png" not in readme
     document = (project / "docs" / "performance.md").read_text(encoding="utf-8")
     assert "| T8192-H64 | slow |" in document and "1.23e-03" in document
-    assert "4.00 × floor (Test GPU)<!-- results:end --> |" in document
-    assert "-->not measured yet<!-- results:end --> |" in document
+    assert "| 1 | first |" in document and "| slower |" in document and "| waiting | 12.5 % | 2 |" in document
+    assert "**Test GPU**: T8192-H96, slow gate." in document
 
 
 def test_a_typed_figure_and_a_new_result_are_noticed(project, synthetic):
@@ -250,12 +270,15 @@ def test_without_results_the_blocks_say_so(project):
     for name in ("summary", "rows", "accuracy"):
         text = report.regenerate("<!-- results:begin %s --><!-- results:end -->" % name, project / "README.md", folder)
         assert "No results are recorded yet" in text
+    for name in ("ladder", "tried", "profile"):
+        text = report.regenerate("<!-- results:begin %s --><!-- results:end -->" % name, project / "README.md", folder)
+        assert "-->\nnot measured yet\n<!--" in text
 
 
 @pytest.mark.parametrize("text", [
     "<!-- results:begin summary -->", "<!-- results:end -->",
     "<!-- results:begin rows --><!-- results:begin summary --><!-- results:end -->",
-    "<!-- results:begin nothing --><!-- results:end -->", "<!-- results:begin figure test --><!-- results:end -->",
+    "<!-- results:begin nothing --><!-- results:end -->", "<!-- results:begin ladder first --><!-- results:end -->",
 ])
 def test_broken_markers_are_refused(project, text):
     with pytest.raises(ValueError, match="README.md"):
