@@ -6,8 +6,8 @@
 
 #include "../launch.h"
 #include "kernel_params.h"
-#include "ptx.h"
 #include "prepare.cuh"
+#include "ptx.h"
 #include "recurrence.cuh"
 #include "smem.h"
 #include "tensor_map.h"
@@ -38,6 +38,7 @@ __global__ void __launch_bounds__(kThreads, 1) fwd_kernel(const __grid_constant_
     clear_small_factors(smem);
     __syncthreads();
 
+    // Each role finds the chain for itself: carried across the branch, one register of it was spilled.
     const int warpgroup = threadIdx.x / kWarpgroup;
     if (warpgroup < kPrepareGroups) {
         cutlass::arch::warpgroup_reg_dealloc<kPrepareRegisters>();

@@ -10,8 +10,8 @@
 
 namespace flash_kda::sm90 {
 
-// Called by one thread. Rows past the tensor arrive as zeros; rows past the sequence belong to its neighbour, and whoever reads
-// them has to mask them.
+// Called by one thread. Rows past the tensor arrive as zeros; rows past the sequence are its neighbour's, and are cleared
+// before anything looks at them.
 __device__ __forceinline__ void load_chunk(const KernelParams& p, const Chain& chain, int chunk, Stage& stage, uint64_t& loaded) {
     const int32_t row = static_cast<int32_t>(chain.first_row) + chunk * kChunk;
     const int32_t head = static_cast<int32_t>(chain.head);

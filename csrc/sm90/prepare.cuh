@@ -92,7 +92,7 @@ private:
     // In a half tile, where a block begins at unit 2 (block % 4) before the swizzle.
     __device__ __forceinline__ uint32_t block_offset(int block) const { return first_block_offset ^ (block % 4 * 32); }
 
-    // Rows past the sequence are its neighbour's. k^ = q^ = v = 0, and a logit whose gate is 0, leave the state and the other rows alone.
+    // Rows past the sequence are its neighbour's. k = q = v = 0, and a logit whose gate is 0, leave the state and the other rows alone.
     __device__ __forceinline__ void clear_tail(Stage& stage, int valid) const {
         constexpr uint32_t kMinusInfinity = 0xff80ff80;   // twice, in bf16
         const uint32_t address = smem_address(&stage) + lane / 8 * kHalfTileBytes + lane % 8 * 16;

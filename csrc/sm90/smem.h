@@ -42,9 +42,9 @@ constexpr int kZColumnBytes = kChunk * 8 * 2;       // and in z
 
 // One prepare warp's own.
 struct PrepareScratch {
-    float a[kChunk][kChunk + 4];      // the system that T solves; only what lies under the diagonal is read
-    alignas(16) float columns[2][kChunk];   // scales of T's columns: as the recurrence wants it, and as W = T kd does
-    alignas(16) bf16 t_for_w[kChunk * kChunk];
+    float a[kChunk][kChunk + 4];                 // the system that T solves; only what lies under the diagonal is read
+    alignas(16) float columns[2][kChunk];        // scales of T's columns: as the recurrence wants it, and for W = T D kd
+    alignas(16) bf16 t_for_w[kChunk * kChunk];   // -T D, in the order of z
 };
 
 struct SharedStorage {
