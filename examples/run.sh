@@ -10,4 +10,4 @@ fi
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 set_up
 say "Running examples/run.py"
-exec "$python" "$root/examples/run.py" "${file:-$root/README.md}"
+exec "$python" "$root/examples/run.py" ${file:+"$file"}
