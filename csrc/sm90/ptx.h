@@ -42,6 +42,24 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t& bar, uint32_t parity) {
         : "memory");
 }
 
+// ---- the launch's shared memory, a warpgroup's share of the registers
+
+__device__ __forceinline__ void* dynamic_shared_memory() {
+    extern __shared__ __align__(1024) uint8_t memory[];
+    return memory;
+}
+
+// To so many a thread.
+template <int kRegisters>
+__device__ __forceinline__ void give_back_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
 // ---- election, fences
 
 // True in one lane of a converged warp, and the compiler knows that it is one.

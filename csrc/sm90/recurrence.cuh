@@ -130,10 +130,10 @@ __device__ __forceinline__ void recur_chain(const KernelParams& p, const Chain& 
         uint32_t v[4];
         load_v(stage.v[group], warp, lane, v);   // landed before the chunk was prepared
 
-        const uint64_t t = matrix_descriptor(small.t, LayoutType::INTERLEAVE, kTColumnBytes, 128);
-        const uint64_t w = matrix_descriptor(stage.kq, LayoutType::B128, 0, 8 * 128);
-        const uint64_t z = matrix_descriptor(small.z, LayoutType::INTERLEAVE, kZColumnBytes, 128);
-        const uint64_t ki = matrix_descriptor(stage.g, LayoutType::B128, kHalfTileBytes, 8 * 128);
+        const MatrixDescriptor t = matrix_descriptor(small.t, LayoutType::INTERLEAVE, kTColumnBytes, 128);
+        const MatrixDescriptor w = matrix_descriptor(stage.kq, LayoutType::B128, 0, 8 * 128);
+        const MatrixDescriptor z = matrix_descriptor(small.z, LayoutType::INTERLEAVE, kZColumnBytes, 128);
+        const MatrixDescriptor ki = matrix_descriptor(stage.g, LayoutType::B128, kHalfTileBytes, 8 * 128);
 
         float RO[16];   // R in the first half, O in the second
         fence_operands(RO);

@@ -14,9 +14,11 @@ using cute::SM90::GMMA::LayoutType;
 using cute::SM90::GMMA::Major;
 using cute::SM90::GMMA::ScaleOut;
 
+using MatrixDescriptor = uint64_t;
+
 // Offsets in bytes. K-major: `leading` from one 16-byte column of 8x8 matrices to the next (unused when swizzled), `stride` from
 // 8 rows to the next. N-major, swizzled: `leading` from 64 columns to the next, `stride` from 8 rows to the next.
-__device__ __forceinline__ uint64_t matrix_descriptor(const void* smem, LayoutType layout, int leading, int stride) {
+__device__ __forceinline__ MatrixDescriptor matrix_descriptor(const void* smem, LayoutType layout, int leading, int stride) {
     cute::GmmaDescriptor d;
     d.bitfield.start_address_ = static_cast<uint16_t>(smem_address(smem) >> 4);
     d.bitfield.leading_byte_offset_ = static_cast<uint16_t>(leading >> 4);
@@ -28,7 +30,7 @@ __device__ __forceinline__ uint64_t matrix_descriptor(const void* smem, LayoutTy
 
 // d [64, N] (+)= a [64, 16] b [16, N]
 template <class Atom, int kRegisters>
-__device__ __forceinline__ void wgmma(float (&d)[kRegisters], const uint32_t* a, uint64_t b, ScaleOut accumulate = ScaleOut::One) {
+__device__ __forceinline__ void wgmma(float (&d)[kRegisters], const uint32_t* a, MatrixDescriptor b, ScaleOut accumulate = ScaleOut::One) {
     cute::detail::explode(Atom::fma, a, cute::make_int_sequence<4>{}, &b, cute::make_int_sequence<1>{}, d,
                           cute::make_int_sequence<kRegisters>{}, &accumulate, cute::make_int_sequence<1>{});
 }
