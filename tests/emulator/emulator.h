@@ -1,0 +1,177 @@
+// Runs a CUDA kernel's own source on the CPU, every thread a fiber: what CUDA C++ adds to C++, as far as csrc/sm90 uses it.
+//
+// Threads take turns in an order drawn from a seed, and change only where they wait. What the lanes of a warp do together is done once the
+// last of them has come. So the kernel's logic is tested: indices, arithmetic, hand-overs, locking up. Neither its speed nor the
+// memory model is.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __syncwarp emulator::sync_warp
+#define __syncthreads emulator::sync_cta
+#define __shfl_sync(mask, x, lane) emulator::shuffle(x, lane)
+#define __shfl_xor_sync(mask, x, lanes) emulator::shuffle(x, emulator::lane() ^ (lanes))
+#define threadIdx (emulator::current->index)
+#define blockIdx (emulator::current->cta->index)
+
+struct __nv_bfloat16 {
+    uint16_t bits;
+};
+struct alignas(8) float2 {
+    float x, y;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+struct alignas(16) uint4 {
+    uint32_t x, y, z, w;
+};
+
+// CUDA's take operands of two types.
+template <class A, class B>
+std::common_type_t<A, B> min(A a, B b) {
+    return b < a ? b : a;
+}
+template <class A, class B>
+std::common_type_t<A, B> max(A a, B b) {
+    return a < b ? b : a;
+}
+
+inline uint32_t __float_as_uint(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
+inline float __uint_as_float(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+namespace emulator {
+
+constexpr int kSharedBytes = 227 * 1024, kWarp = 32;
+
+[[noreturn]] inline void fail(const std::string& what) { throw std::runtime_error(what); }
+
+struct Index {
+    uint32_t x;
+};
+
+struct Warp {
+    const char* doing = nullptr;   // what its lanes have come together for
+    void* arguments[kWarp];
+    int arrived = 0;
+    uint64_t done = 0;
+};
+
+struct Cta {
+    Index index;
+    int threads, arrived = 0;
+    uint64_t done = 0;
+    std::vector<Warp> warps;
+    uint8_t* shared;
+};
+
+struct Thread {
+    Cta* cta;
+    Index index;
+    bool finished = false;
+    const char* waits_for = nullptr;
+    ucontext_t context;
+    std::vector<char> stack;
+};
+
+extern Thread* current;
+extern ucontext_t scheduler;
+extern uint64_t progress;   // counts whatever may let somebody go on
+
+inline int lane() { return current->index.x % kWarp; }
+
+template <class Condition>
+void wait_until(const char* what, Condition condition) {
+    current->waits_for = what;
+    while (!condition())
+        swapcontext(&current->context, &scheduler);
+    current->waits_for = nullptr;
+}
+
+// `act` gets the arguments of all lanes, which must have come for the same.
+template <class Act>
+void together(const char* what, void* argument, Act act) {
+    Warp& warp = current->cta->warps[current->index.x / kWarp];
+    if (warp.arrived > 0 && strcmp(warp.doing, what) != 0)
+        fail(std::string("lanes diverge: some are at ") + warp.doing + ", some at " + what);
+    warp.doing = what;
+    warp.arguments[lane()] = argument;
+    if (++warp.arrived < kWarp) {
+        const uint64_t before = warp.done;
+        wait_until(what, [&] { return warp.done != before; });
+        return;
+    }
+    act(warp.arguments);
+    warp.arrived = 0;
+    ++warp.done;
+    ++progress;
+}
+
+inline void sync_warp() {
+    together("syncwarp", nullptr, [](void**) {});
+}
+
+inline void sync_cta() {
+    Cta& cta = *current->cta;
+    if (++cta.arrived < cta.threads) {
+        const uint64_t before = cta.done;
+        wait_until("syncthreads", [&] { return cta.done != before; });
+        return;
+    }
+    cta.arrived = 0;
+    ++cta.done;
+    ++progress;
+}
+
+template <class T>
+T shuffle(T x, int from) {
+    struct Argument {
+        T x, result;
+        int from;
+    } mine{x, x, from};
+    together("shuffle", &mine, [](void** all) {
+        for (int l = 0; l < kWarp; ++l) {
+            Argument& to = *static_cast<Argument*>(all[l]);
+            to.result = static_cast<Argument*>(all[to.from % kWarp])->x;
+        }
+    });
+    return mine.result;
+}
+
+// Shared memory by its address there, as the instructions have it.
+inline uint8_t* shared(uint32_t address, int bytes) {
+    if (address > kSharedBytes - bytes || address % bytes != 0)
+        fail("bad shared-memory address " + std::to_string(address) + " of " + std::to_string(bytes) + " bytes");
+    return current->cta->shared + address;
+}
+
+inline float from_bf16(uint16_t bits) { return __uint_as_float(static_cast<uint32_t>(bits) << 16); }
+
+inline uint16_t to_bf16(float x) {   // to nearest even
+    const uint32_t bits = __float_as_uint(x);
+    return std::isnan(x) ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+}  // namespace emulator

@@ -1,0 +1,168 @@
+// Stands for csrc/sm90/ptx.h: the same functions.
+#pragma once
+
+#include "emulator.h"
+
+namespace flash_kda::sm90 {
+
+inline uint32_t smem_address(const void* p) { return static_cast<uint32_t>(static_cast<const uint8_t*>(p) - emulator::current->cta->shared); }
+
+// ---- mbarriers
+
+struct Barrier {
+    static constexpr uint8_t kMark = 0xba;
+    int32_t bytes;   // still to come in this phase
+    uint8_t arrivals, missing, phase, mark;
+};
+static_assert(sizeof(Barrier) == sizeof(uint64_t));
+
+inline Barrier& barrier(uint64_t& bar) {
+    Barrier& b = *reinterpret_cast<Barrier*>(emulator::shared(smem_address(&bar), 8));
+    if (b.mark != Barrier::kMark)
+        emulator::fail("no barrier at shared-memory address " + std::to_string(smem_address(&bar)));
+    return b;
+}
+
+inline void settle(Barrier& b) {
+    if (b.missing == 0 && b.bytes == 0) {
+        b.phase ^= 1;
+        b.missing = b.arrivals;
+        ++emulator::progress;
+    }
+}
+
+inline void mbarrier_init(uint64_t& bar, int arrivals) {
+    const uint8_t n = static_cast<uint8_t>(arrivals);
+    *reinterpret_cast<Barrier*>(&bar) = {0, n, n, 0, Barrier::kMark};
+}
+
+inline void fence_mbarrier_init() {}
+
+inline void mbarrier_arrive_expect_bytes(uint64_t& bar, int bytes) {
+    Barrier& b = barrier(bar);
+    if (b.missing == 0)
+        emulator::fail("one arrival too many at a barrier");
+    --b.missing;
+    b.bytes += bytes;
+    settle(b);
+}
+
+inline void mbarrier_arrive(uint64_t& bar) { mbarrier_arrive_expect_bytes(bar, 0); }
+
+inline void mbarrier_wait(uint64_t& bar, uint32_t parity) {
+    Barrier& b = barrier(bar);
+    emulator::wait_until("a barrier", [&] { return b.phase != (parity & 1); });
+}
+
+// ---- the launch's shared memory, registers, election, fences
+
+inline void* dynamic_shared_memory() { return emulator::current->cta->shared; }
+
+template <int kRegisters>
+void give_back_registers() {}
+
+template <int kRegisters>
+void take_registers() {}
+
+inline bool elect_one() {
+    emulator::sync_warp();
+    return emulator::lane() == 0;
+}
+
+inline void fence_async_proxy() {}
+
+// ---- single loads and stores
+
+inline uint32_t load_global_bf16(const __nv_bfloat16* p) { return p->bits; }
+
+inline uint4 load_shared_16_bytes(uint32_t address) { return *reinterpret_cast<uint4*>(emulator::shared(address, 16)); }
+
+inline void store_shared_16_bytes(uint32_t address, const uint32_t (&x)[4]) { memcpy(emulator::shared(address, 16), x, 16); }
+
+// ---- 8x8 matrices: lane l has elements 2 (l % 4) and the next of row l / 4, transposed of column l / 4; lane 8 q + r names row r of matrix q
+
+template <class Registers>
+void move_matrices(const char* what, Registers* registers, uint32_t address, bool store, bool transposed) {
+    struct Argument {
+        uint32_t* registers;
+        uint32_t address;
+    } mine{const_cast<uint32_t*>(registers), address};
+    emulator::together(what, &mine, [=](void** all) {
+        for (int q = 0; q < 4; ++q)
+            for (int l = 0; l < emulator::kWarp; ++l)
+                for (int i = 0; i < 2; ++i) {
+                    const int row = transposed ? l % 4 * 2 + i : l / 4, column = transposed ? l / 4 : l % 4 * 2 + i;
+                    uint8_t* memory = emulator::shared(static_cast<Argument*>(all[8 * q + row])->address, 16) + 2 * column;
+                    uint8_t* mine = reinterpret_cast<uint8_t*>(&static_cast<Argument*>(all[l])->registers[q]) + 2 * i;
+                    memcpy(store ? memory : mine, store ? mine : memory, 2);
+                }
+    });
+}
+
+inline void ldmatrix_x4(uint32_t* d, uint32_t address) { move_matrices("ldmatrix", d, address, false, false); }
+inline void ldmatrix_x4_trans(uint32_t* d, uint32_t address) { move_matrices("ldmatrix.trans", d, address, false, true); }
+inline void stmatrix_x4(uint32_t address, const uint32_t (&x)[4]) { move_matrices("stmatrix", x, address, true, false); }
+inline void stmatrix_x4_trans(uint32_t address, const uint32_t (&x)[4]) { move_matrices("stmatrix.trans", x, address, true, true); }
+
+// ---- products of a warp: d [16, 8] = a [16, K] b [K, 8] + c, by the lanes that hold an element
+
+struct Operands {
+    float* d;
+    const float* c;
+    const void* a;
+    const void* b;
+};
+
+// `a_of(lane's a, row, k)` reads from the lane that has the element; likewise `b_of`.
+template <int K, class A, class B>
+void multiply(const char* what, Operands mine, A a_of, B b_of, int lanes_k) {
+    emulator::together(what, &mine, [=](void** all) {
+        const auto of = [&](int lane) -> Operands& { return *static_cast<Operands*>(all[lane]); };
+        float sums[emulator::kWarp][4];
+        for (int l = 0; l < emulator::kWarp; ++l)
+            for (int i = 0; i < 4; ++i) {
+                const int row = l / 4 + i / 2 * 8, column = l % 4 * 2 + i % 2;
+                double sum = of(l).c[i];
+                for (int k = 0; k < K; ++k) {
+                    const int holder = k / lanes_k % 4;
+                    sum += static_cast<double>(a_of(of(row % 8 * 4 + holder).a, row, k)) * b_of(of(column * 4 + holder).b, k);
+                }
+                sums[l][i] = static_cast<float>(sum);
+            }
+        for (int l = 0; l < emulator::kWarp; ++l)
+            memcpy(of(l).d, sums[l], sizeof(sums[l]));
+    });
+}
+
+inline float bf16_of(const void* registers, int index, int half) {
+    return emulator::from_bf16(static_cast<const uint32_t*>(registers)[index] >> (16 * half));
+}
+
+inline void mma_m16n8k16(float* d, const uint32_t* a, uint32_t b0, uint32_t b1) {
+    const uint32_t b[2] = {b0, b1};
+    multiply<16>(
+        "mma", {d, d, a, b}, [](const void* x, int row, int k) { return bf16_of(x, k / 8 * 2 + row / 8, k % 2); },
+        [](const void* x, int k) { return bf16_of(x, k / 8, k % 2); }, 2);
+}
+
+inline float tf32_of(const void* registers, int index) {
+    return __uint_as_float(__float_as_uint(static_cast<const float*>(registers)[index]) & ~0x1fffu);
+}
+
+inline void mma_m16n8k8_tf32(float* d, const float* a, float b0, float b1, const float* c) {
+    const float b[2] = {b0, b1};
+    multiply<8>(
+        "mma.tf32", {d, c, a, b}, [](const void* x, int row, int k) { return tf32_of(x, k / 4 * 2 + row / 8); },
+        [](const void* x, int k) { return tf32_of(x, k / 4); }, 1);
+}
+
+// ---- arithmetic
+
+inline float exp2_approx(float x) { return exp2f(x); }
+inline float rcp_approx(float x) { return 1.0f / x; }
+inline float rsqrt_approx(float x) { return 1.0f / sqrtf(x); }
+inline uint32_t pack_bf16(float low, float high) { return emulator::to_bf16(low) | static_cast<uint32_t>(emulator::to_bf16(high)) << 16; }
+inline float low_bf16(uint32_t pair) { return __uint_as_float(pair << 16); }
+inline float high_bf16(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
+
+}  // namespace flash_kda::sm90

@@ -1,0 +1,27 @@
+// Stands for csrc/sm90/tma.h: a box lands at once.
+#pragma once
+
+#include "kernel_params.h"
+#include "ptx.h"
+#include "smem.h"
+
+namespace flash_kda::sm90 {
+
+inline void load_box(const CUtensorMap& map, uint64_t& loaded, HalfTile& to, int row, int half, int head) {
+    if (smem_address(&to) % sizeof(HalfTile) != 0 || half + map.halves > kHalves || head < 0 || head >= map.heads)
+        emulator::fail("a box that cannot be copied");
+    for (int h = 0; h < map.halves; ++h)
+        for (int t = 0; t < kChunk; ++t)
+            for (int unit = 0; unit < 8; ++unit) {
+                uint8_t* place = emulator::shared(smem_address(&to) + h * kHalfTileBytes + t * 128 + (unit ^ t % 8) * 16, 16);
+                if (row + t >= 0 && row + t < map.rows)
+                    memcpy(place, static_cast<const __nv_bfloat16*>(map.data) + ((row + t) * map.heads + head) * kDim + (half + h) * kHalf + unit * 8, 16);
+                else
+                    memset(place, 0, 16);
+            }
+    Barrier& b = barrier(loaded);
+    b.bytes -= map.halves * kHalfTileBytes;
+    settle(b);
+}
+
+}  // namespace flash_kda::sm90

@@ -1,0 +1,130 @@
+"""The CUDA kernel's own source, compiled for the CPU and run thread by thread: see emulator/emulator.h.
+
+What it computes, on which addresses, and whether it locks up, without a GPU; not its speed, nor the memory model.
+"""
+import ctypes
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from problems import GATES, Guarded, check, make, same_bits
+
+HERE = Path(__file__).resolve().parent
+SOURCES = HERE.parent / "csrc" / "sm90"
+COMPILER = os.environ.get("CXX") or "g++"
+
+
+def build(folder, change=None):
+    """The emulated kernel as a library: csrc's headers with the emulator's in place of those that speak to the machine.
+
+    `change`, (file, old, new), is made to the kernel's source before.
+    """
+    folder.mkdir()
+    for source in list(SOURCES.glob("*.h")) + list(SOURCES.glob("*.cuh")) + list((HERE / "emulator").glob("*")):
+        shutil.copy(str(source), str(folder))
+    if change:
+        file, old, new = change
+        text = (folder / file).read_text()
+        assert text.count(old) == 1, "the source has moved on: " + old
+        (folder / file).write_text(text.replace(old, new))
+    library = folder / "emulated.so"
+    subprocess.run([COMPILER, "-std=c++17", "-O2", "-shared", "-fPIC", "-w", "-I", str(folder), str(folder / "run.cpp"), "-o", str(library)],
+                   check=True)
+    function = ctypes.CDLL(str(library)).emulate_fwd
+    pointer, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+    function.argtypes = [pointer] * 11 + [integer] * 3 + [ctypes.c_int, real, real, ctypes.c_uint64]
+    function.restype = ctypes.c_char_p
+    return function
+
+
+@pytest.fixture(scope="session")
+def kernel(tmp_path_factory):
+    if shutil.which(COMPILER) is None:
+        pytest.skip("there is no C++ compiler")
+    return build(tmp_path_factory.mktemp("emulator") / "kernel")
+
+
+def run(kernel, x, final=torch.float32, in_place=False, seed=0):
+    """Output and final state of problem x, as `problems.run` has them of the real one."""
+    out, state, initial = Guarded(x.v.shape, torch.bfloat16, "cpu"), None, x.initial_state
+    heads = x.v.shape[2]
+    if final is not None:
+        state = Guarded((len(x.lens), heads, 128, 128), final if initial is None else initial.dtype, "cpu")
+        if in_place:
+            initial = state.tensor.copy_(initial)
+    address = lambda tensor: None if tensor is None else tensor.data_ptr()
+    kind = initial if initial is not None else state and state.tensor
+    error = kernel(*map(address, (x.q, x.k, x.v, x.g, x.beta, out.tensor, x.A_log, x.dt_bias, initial, state and state.tensor, x.cu_seqlens)),
+                   len(x.lens), x.q.shape[1], heads, kind is not None and kind.dtype == torch.float32, x.scale, x.lower_bound, seed)
+    if error:
+        raise RuntimeError(error.decode())
+    out.check()
+    if state:
+        state.check()
+    return out.tensor, state and state.tensor
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_gates(kernel, gate):
+    x = make([205, 40], heads=1, gate=gate)  # the first goes round the ring of stages
+    check(x, *run(kernel, x), path="cuda", slack=1.5)
+
+
+@pytest.mark.parametrize("lens", [[1], [15], [16], [17], [33, 0, 7], [0, 0], [5, 16, 0, 1]], ids=str)
+@pytest.mark.parametrize("state", [torch.float32, torch.bfloat16, None], ids=str)
+def test_lengths_and_states(kernel, lens, state):
+    x = make(lens, heads=2, state=state)
+    out, final = run(kernel, x)
+    check(x, out, final, path="cuda", slack=1.5)
+    again, again_final = run(kernel, x, in_place=state is not None, seed=1)  # threads in another order
+    assert same_bits(out, again) and same_bits(final, again_final)
+
+
+def test_batch_rows(kernel):
+    x = make([19] * 3, heads=2, packed=False)
+    check(x, *run(kernel, x), path="cuda", slack=1.5)
+
+
+def test_no_final_state(kernel):
+    x = make([20], heads=1)
+    assert same_bits(run(kernel, x, final=None)[0], run(kernel, x)[0])
+
+
+def test_neighbours_leave_no_trace(kernel):
+    x = make([21, 18, 9], heads=1)
+    expected, expected_state = run(kernel, x)
+    poisoned = x.clone()
+    for name in ("q", "k", "v", "g", "beta"):
+        for n in (0, 2):
+            getattr(poisoned, name)[x.rows(n)] = float("nan")
+    out, state = run(kernel, poisoned)
+    assert same_bits(out[x.rows(1)], expected[x.rows(1)]) and same_bits(state[1], expected_state[1])
+
+
+@pytest.mark.parametrize("offsets", [[-1, 20, 60, 100], [0, 80, 20, 100], [100, 60, 20, 0], [2 ** 62, -5, 2 ** 40, 7], [0, 20, 60, 10 ** 6]], ids=str)
+def test_garbage_cu_seqlens_stays_inside(kernel, offsets):
+    x = make([20, 40, 40], heads=1)
+    run(kernel, x.replace(cu_seqlens=torch.tensor(offsets)))  # guards look for stray writes, the emulator for stray addresses
+
+
+# ---------------------------------------------------------------- that these tests can fail
+
+MISTAKES = {
+    "a barrier never reached": (("prepare.cuh", "        if (lane == 0)\n            mbarrier_arrive(smem.ready[slot]);", ""), "locked up"),
+    "an arrival too many": (("recurrence.cuh", "        if (lane == 0)\n            mbarrier_arrive(smem.empty[ring.slot]);",
+                             "        mbarrier_arrive(smem.empty[ring.slot]);"), None),
+    "a wrong operand": (("recurrence.cuh", "wgmma<OutputAtom>(O_new, R, z);", "wgmma<OutputAtom>(O_new, R, t);"), None),
+    "no padding": (("prepare.cuh", "        if (valid < kChunk)\n            clear_tail(stage, valid);", ""), None),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_found(kernel, tmp_path, name):
+    change, message = MISTAKES[name]
+    x = make([205, 21], heads=1)
+    with pytest.raises((AssertionError, RuntimeError), match=message):
+        check(x, *run(build(tmp_path / "mistake", change), x), path="cuda", slack=1.5)
