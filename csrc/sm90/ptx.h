@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cuda_bf16.h>
+#include <cutlass/arch/reg_reconfig.h>
 
 #include <cstdint>
 
@@ -52,12 +53,12 @@ __device__ __forceinline__ void* dynamic_shared_memory() {
 // To so many a thread.
 template <int kRegisters>
 __device__ __forceinline__ void give_back_registers() {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+    cutlass::arch::warpgroup_reg_dealloc<kRegisters>();
 }
 
 template <int kRegisters>
 __device__ __forceinline__ void take_registers() {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+    cutlass::arch::warpgroup_reg_alloc<kRegisters>();
 }
 
 // ---- election, fences
