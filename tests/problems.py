@@ -114,7 +114,7 @@ class Guarded:
         assert (around == GUARD_VALUE).all(), "written outside the tensor"
 
 
-def run(x, final=torch.float32, in_place=False):
+def run(x, final=torch.float32, in_place=False, fwd=flash_kda.fwd):
     """`fwd` of problem x: (out, final state). `final`: dtype of the final state, where x has no initial one."""
     out = Guarded(x.v.shape, torch.bfloat16, x.v.device)
     state, arguments = None, x.arguments()
@@ -123,7 +123,7 @@ def run(x, final=torch.float32, in_place=False):
         state = Guarded((len(x.lens), x.v.shape[2], D, D), dtype, x.v.device)
         if in_place:
             arguments["initial_state"] = state.tensor.copy_(x.initial_state)
-    result = flash_kda.fwd(out=out.tensor, final_state=state and state.tensor, **arguments)
+    result = fwd(out=out.tensor, final_state=state and state.tensor, **arguments)
     assert result is None
     out.check()
     if state:

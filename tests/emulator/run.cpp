@@ -29,7 +29,7 @@ void run_thread() {
     swapcontext(&current->context, &scheduler);
 }
 
-// What everybody waits for, most frequent first.
+// How many threads wait for what.
 std::string waiting(const std::vector<Thread*>& threads) {
     std::map<std::string, int> counts;
     for (const Thread* thread : threads)

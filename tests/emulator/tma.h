@@ -1,7 +1,8 @@
 // Stands for csrc/sm90/tma.h: a box lands at once.
 #pragma once
 
-#include "kernel_params.h"
+#include <cuda.h>
+
 #include "ptx.h"
 #include "smem.h"
 
@@ -14,8 +15,9 @@ inline void load_box(const CUtensorMap& map, uint64_t& loaded, HalfTile& to, int
         for (int t = 0; t < kChunk; ++t)
             for (int unit = 0; unit < 8; ++unit) {
                 uint8_t* place = emulator::shared(smem_address(&to) + h * kHalfTileBytes + t * 128 + (unit ^ t % 8) * 16, 16);
+                const int64_t element = ((row + t) * map.heads + head) * kDim + (half + h) * kHalf + unit * 8;
                 if (row + t >= 0 && row + t < map.rows)
-                    memcpy(place, static_cast<const __nv_bfloat16*>(map.data) + ((row + t) * map.heads + head) * kDim + (half + h) * kHalf + unit * 8, 16);
+                    memcpy(place, static_cast<const __nv_bfloat16*>(map.data) + element, 16);
                 else
                     memset(place, 0, 16);
             }
