@@ -175,6 +175,7 @@ __device__ __forceinline__ void recur_chain(const KernelParams& p, const Chain& 
             O[i] = pack_bf16(O_new[2 * i] * scale_low.x, O_new[2 * i + 1] * scale_low.y);
             O[2 + i] = pack_bf16(O_new[4 + 2 * i] * scale_high.x, O_new[5 + 2 * i] * scale_high.y);
         }
+        __syncwarp();   // every lane has read
         if (lane == 0)
             mbarrier_arrive(smem.empty[ring.slot]);
         ring.advance();
