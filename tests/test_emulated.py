@@ -1,6 +1,6 @@
 """The CUDA kernel's own source, compiled for the CPU and run thread by thread: see emulator/emulator.h.
 
-What it computes, on which addresses, and whether it locks up, without a GPU; not its speed, nor the memory model.
+What it computes, on which addresses, whether it locks up and whether its accesses to shared memory are ordered, without a GPU; not its speed.
 """
 import ctypes
 import os
@@ -19,10 +19,10 @@ SOURCES = HERE.parent / "csrc" / "sm90"
 COMPILER = os.environ.get("CXX") or "g++"
 
 
-def build(folder, change=None):
+def build(folder, change=None, races=False):
     """The emulated kernel as a library: csrc's headers with the emulator's in place of those that speak to the machine.
 
-    `change`, (file, old, new), is made to the kernel's source before.
+    `change`, (file, old, new), is made to the kernel's source before. With `races` it looks for these too: see emulator/races.h.
     """
     folder.mkdir()
     for source in list(SOURCES.glob("*.h")) + list(SOURCES.glob("*.cuh")) + list((HERE / "emulator").glob("*")):
@@ -33,8 +33,14 @@ def build(folder, change=None):
         assert text.count(old) == 1, "the source has moved on: " + old
         (folder / file).write_text(text.replace(old, new))
     library = folder / "emulated.so"
-    subprocess.run([COMPILER, "-std=c++17", "-O2", "-shared", "-fPIC", "-w", "-I", str(folder), str(folder / "run.cpp"), "-o", str(library)],
-                   check=True)
+    flags = ["-std=c++17", "-O2", "-fPIC", "-w", "-I", str(folder)]
+    if not races:
+        subprocess.run([COMPILER, *flags, "-shared", str(folder / "run.cpp"), "-o", str(library)], check=True)
+    else:  # the compiler's own library of this sanitizer is not linked
+        objects = [str(folder / "run.o"), str(folder / "races.o")]
+        subprocess.run([COMPILER, *flags, "-DEMULATOR_RACES", "-fsanitize=thread", "-c", str(folder / "run.cpp"), "-o", objects[0]], check=True)
+        subprocess.run([COMPILER, *flags, "-DEMULATOR_RACES", "-c", str(folder / "races.cpp"), "-o", objects[1]], check=True)
+        subprocess.run([COMPILER, "-shared", *objects, "-o", str(library)], check=True)
     function = ctypes.CDLL(str(library)).emulate_fwd
     pointer, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
     function.argtypes = [pointer] * 11 + [integer] * 3 + [ctypes.c_int, real, real, ctypes.c_uint64]
@@ -105,6 +111,17 @@ def test_garbage_cu_seqlens_stays_inside(kernel, offsets):
     run(kernel, x.replace(cu_seqlens=torch.tensor(offsets)))  # nothing is written around the outputs
 
 
+@pytest.fixture(scope="session")
+def watched_kernel(kernel, tmp_path_factory):
+    return build(tmp_path_factory.mktemp("emulator") / "watched", races=True)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_no_races(watched_kernel, seed):
+    x = make([205, 0, 21], heads=2, seed=seed)
+    check(x, *run(watched_kernel, x, seed=seed), path="cuda", slack=1.5)
+
+
 # ---------------------------------------------------------------- that these tests can fail
 
 MISTAKES = {
@@ -123,3 +140,18 @@ def test_a_mistake_is_found(kernel, tmp_path, name):
     mistaken = build(tmp_path / "mistake", change)
     with pytest.raises((AssertionError, RuntimeError), match=message):
         check(x, *run(mistaken, x), path="cuda", slack=1.5)
+
+
+RACES = {
+    "lanes not waited for": (("prepare.cuh", "        stmatrix_x4(smem_address(small.z) + lane * 16, z);\n        __syncwarp();", "        stmatrix_x4(smem_address(small.z) + lane * 16, z);"), "a read after a write"),
+    "a stage released too early": (("recurrence.cuh", "        __syncwarp();   // every lane has read\n", ""), "a write after a read .* copy engine"),
+    "no proxy fence": (("prepare.cuh", "        fence_async_proxy();\n", ""), "no proxy fence"),
+}
+
+
+@pytest.mark.parametrize("name", RACES)
+def test_a_race_is_found(kernel, tmp_path, name):
+    change, message = RACES[name]
+    racing = build(tmp_path / "race", change, races=True)
+    with pytest.raises(RuntimeError, match="race: .*" + message):
+        run(racing, make([205, 0, 21], heads=2))

@@ -1,8 +1,8 @@
 // Runs a CUDA kernel's own source on the CPU, every thread a fiber: what CUDA C++ adds to C++, as far as csrc/sm90 uses it.
 //
 // Threads take turns in an order drawn from a seed, and change only where they wait. What the lanes of a warp do together is done once the
-// last of them has come. So the kernel's logic is tested: indices, arithmetic, hand-overs, locking up. Neither its speed nor the
-// memory model is.
+// last of them has come. So the kernel's logic is tested: indices, arithmetic, hand-overs, locking up; and, with races.h, the order of
+// accesses to shared memory. Its speed is not.
 #pragma once
 
 #include <ucontext.h>
@@ -15,6 +15,8 @@
 #include <string>
 #include <type_traits>
 #include <vector>
+
+#include "races.h"
 
 #define __device__
 #define __global__
@@ -130,19 +132,22 @@ void together(const char* what, void* argument, Act act) {
 }
 
 inline void sync_warp() {
-    together("syncwarp", nullptr, [](void**) {});
+    together("syncwarp", nullptr, [](void**) { races::meet_warp(); });
 }
 
 inline void sync_cta() {
     Cta& cta = *current->cta;
+    races::arrive(&cta);
     if (++cta.arrived < cta.threads) {
         const uint64_t before = cta.done;
         wait_until("syncthreads", [&] { return cta.done != before; });
-        return;
+    } else {
+        races::complete(&cta);
+        cta.arrived = 0;
+        ++cta.done;
+        ++progress;
     }
-    cta.arrived = 0;
-    ++cta.done;
-    ++progress;
+    races::pass(&cta);
 }
 
 template <class T>

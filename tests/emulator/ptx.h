@@ -27,12 +27,14 @@ inline void settle(Barrier& b) {
     if (b.missing == 0 && b.bytes == 0) {
         b.phase ^= 1;
         b.missing = b.arrivals;
+        emulator::races::complete(&b);
         ++emulator::progress;
     }
 }
 
 inline void mbarrier_init(uint64_t& bar, int arrivals) {
     const uint8_t n = static_cast<uint8_t>(arrivals);
+    emulator::races::not_data(&bar, sizeof(bar));
     *reinterpret_cast<Barrier*>(&bar) = {0, n, n, 0, Barrier::kMark};
 }
 
@@ -42,6 +44,7 @@ inline void mbarrier_arrive_expect_bytes(uint64_t& bar, int bytes) {
     Barrier& b = barrier(bar);
     if (b.missing == 0)
         emulator::fail("one arrival too many at a barrier");
+    emulator::races::arrive(&b);
     --b.missing;
     b.bytes += bytes;
     settle(b);
@@ -52,6 +55,7 @@ inline void mbarrier_arrive(uint64_t& bar) { mbarrier_arrive_expect_bytes(bar, 0
 inline void mbarrier_wait(uint64_t& bar, uint32_t parity) {
     Barrier& b = barrier(bar);
     emulator::wait_until("a barrier", [&] { return b.phase != (parity & 1); });
+    emulator::races::pass(&b);
 }
 
 // ---- the launch's shared memory, registers, election, fences
@@ -65,11 +69,11 @@ template <int kRegisters>
 void take_registers() {}
 
 inline bool elect_one() {
-    emulator::sync_warp();
+    emulator::together("elect", nullptr, [](void**) {});
     return emulator::lane() == 0;
 }
 
-inline void fence_async_proxy() {}
+inline void fence_async_proxy() { emulator::races::fence(); }
 
 // ---- single loads and stores
 
@@ -92,6 +96,7 @@ void move_matrices(const char* what, Registers* registers, uint32_t address, boo
             for (int l = 0; l < emulator::kWarp; ++l)
                 for (int i = 0; i < 2; ++i) {
                     const int row = transposed ? l % 4 * 2 + i : l / 4, column = transposed ? l / 4 : l % 4 * 2 + i;
+                    emulator::races::Acting acting(8 * q + row);
                     uint8_t* memory = emulator::shared(static_cast<Argument*>(all[8 * q + row])->address, 16) + 2 * column;
                     uint8_t* mine = reinterpret_cast<uint8_t*>(&static_cast<Argument*>(all[l])->registers[q]) + 2 * i;
                     memcpy(store ? memory : mine, store ? mine : memory, 2);

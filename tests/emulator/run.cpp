@@ -43,6 +43,7 @@ std::string waiting(const std::vector<Thread*>& threads) {
 void run_cta(uint32_t index, int threads, uint64_t& seed) {
     const std::unique_ptr<uint8_t, decltype(&free)> shared(static_cast<uint8_t*>(aligned_alloc(1024, kSharedBytes)), &free);
     memset(shared.get(), 0xff, kSharedBytes);   // as NaN as can be
+    races::begin();
     Cta cta;
     cta.index = {index};
     cta.threads = threads;
@@ -70,7 +71,10 @@ void run_cta(uint32_t index, int threads, uint64_t& seed) {
         for (Thread* thread : live) {
             current = thread;
             swapcontext(&scheduler, &thread->context);
+            current = nullptr;
         }
+        if (error.empty())
+            error = races::found();
         live.erase(std::remove_if(live.begin(), live.end(), [](Thread* thread) { return thread->finished; }), live.end());
     }
     if (error.empty() && !live.empty())

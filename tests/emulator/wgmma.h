@@ -57,6 +57,8 @@ float operand(const MatrixDescriptor& b, int k, int n) {
     if (b.layout == LayoutType::B128)
         at ^= (at >> 7 & 7) << 4;
     uint16_t bits;
+    emulator::races::read_by_wgmma(emulator::shared(at, 2), 2);
+    emulator::races::Quiet quiet;
     memcpy(&bits, emulator::shared(at, 2), 2);
     return emulator::from_bf16(bits);
 }
