@@ -143,7 +143,7 @@ def test_a_mistake_is_found(kernel, tmp_path, name):
 
 
 RACES = {
-    "lanes not waited for": (("prepare.cuh", "        stmatrix_x4(smem_address(small.z) + lane * 16, z);\n        __syncwarp();", "        stmatrix_x4(smem_address(small.z) + lane * 16, z);"), "a read after a write"),
+    "lanes not waited for": (("prepare.cuh", "lane * 16, z);\n        __syncwarp();", "lane * 16, z);"), "a read after a write"),
     "a stage released too early": (("recurrence.cuh", "        __syncwarp();   // every lane has read\n", ""), "a write after a read .* copy engine"),
     "no proxy fence": (("prepare.cuh", "        fence_async_proxy();\n", ""), "no proxy fence"),
 }

@@ -1,7 +1,6 @@
 // See races.h. Compiled without -fsanitize=thread itself.
 #include "emulator.h"
 
-#include <memory>
 #include <unordered_map>
 
 namespace emulator::races {
@@ -35,16 +34,21 @@ struct Meeting {
     int agent = -1;
 };
 
+// Of the CTA that runs.
 struct History {
     std::vector<Clock> clocks = std::vector<Clock>(kMostThreads);
     std::vector<std::vector<uint32_t>> fences = std::vector<std::vector<uint32_t>>(kMostThreads);
     std::vector<Unit> units = std::vector<Unit>(kSharedBytes / kUnit);
     std::unordered_map<const void*, Meeting> meetings;
-    uint32_t agent_clocks[kMostAgents] = {};
-    int agents = 0;
+    std::vector<uint32_t> agent_clocks;
+
+    History() {
+        for (int t = 0; t < kMostThreads; ++t)
+            clocks[t].of[t] = 1;
+    }
 };
 
-std::unordered_map<const Cta*, std::unique_ptr<History>> histories;
+History history;
 std::string first;
 int quiet = 0, acting = -1;
 
@@ -55,16 +59,6 @@ void report(const std::string& what) {
 }
 
 int self() { return acting < 0 ? current->index.x : current->index.x / kWarp * kWarp + acting; }
-
-History& history() {
-    auto& h = histories[current->cta];
-    if (!h) {
-        h = std::make_unique<History>();
-        for (int t = 0; t < kMostThreads; ++t)
-            h->clocks[t].of[t] = 1;
-    }
-    return *h;
-}
 
 std::string name(int who) {
     return who < kMostThreads ? "thread " + std::to_string(who) : "the copy engine for barrier " + std::to_string(who - kMostThreads);
@@ -83,16 +77,15 @@ void visit(const void* p, int bytes, Visit visit_unit) {
     const uintptr_t at = reinterpret_cast<uintptr_t>(p) - reinterpret_cast<uintptr_t>(current->cta->shared);
     if (at >= kSharedBytes)
         return;
-    History& h = history();
     for (size_t unit = at / kUnit; unit < (at + bytes + kUnit - 1) / kUnit; ++unit)
-        if (h.units[unit].data)
-            visit_unit(h, h.units[unit], unit);
+        if (history.units[unit].data)
+            visit_unit(history.units[unit], unit);
 }
 
 void read(const void* p, int bytes) {
-    visit(p, bytes, [](History& h, Unit& x, size_t unit) {
+    visit(p, bytes, [](Unit& x, size_t unit) {
         const int me = self();
-        const Clock& known = h.clocks[me];
+        const Clock& known = history.clocks[me];
         check(known, x.write, "a read after a write", me, unit);
         for (Access& r : x.reads)
             if (r.who == me) {
@@ -112,17 +105,17 @@ void overwrite(Unit& x, size_t unit, const Clock& known, int who, uint32_t when)
 }
 
 void write(const void* p, int bytes) {
-    visit(p, bytes, [](History& h, Unit& x, size_t unit) {
+    visit(p, bytes, [](Unit& x, size_t unit) {
         const int me = self();
-        overwrite(x, unit, h.clocks[me], me, h.clocks[me].of[me]);
+        overwrite(x, unit, history.clocks[me], me, history.clocks[me].of[me]);
     });
 }
 
 // Nobody but the copy engine wrote it, or a fence behind the write came before what made it known.
-void check_fenced(const History& h, const Unit& x, const Clock& known, size_t unit) {
+void check_fenced(const Unit& x, const Clock& known, size_t unit) {
     if (x.write.who >= kMostThreads || x.write.when == 0)
         return;
-    const auto& fences = h.fences[x.write.who];
+    const auto& fences = history.fences[x.write.who];
     const auto fence = std::lower_bound(fences.begin(), fences.end(), x.write.when);
     if (fence == fences.end() || *fence > known.of[x.write.who])
         report("no proxy fence after the write to shared-memory address " + std::to_string(unit * kUnit) + " by " + name(x.write.who));
@@ -131,15 +124,14 @@ void check_fenced(const History& h, const Unit& x, const Clock& known, size_t un
 }  // namespace
 
 void begin() {
-    histories.clear();
+    history = History();
     first.clear();
 }
 
 std::string found() { return first; }
 
 void meet_warp() {
-    History& h = history();
-    Clock* lanes = &h.clocks[current->index.x / kWarp * kWarp];
+    Clock* lanes = &history.clocks[current->index.x / kWarp * kWarp];
     Clock all = lanes[0];
     for (int l = 1; l < kWarp; ++l)
         all.join(lanes[l]);
@@ -150,51 +142,45 @@ void meet_warp() {
 }
 
 void arrive(const void* at) {
-    History& h = history();
-    h.meetings[at].pending.join(h.clocks[self()]);
-    ++h.clocks[self()].of[self()];
+    history.meetings[at].pending.join(history.clocks[self()]);
+    ++history.clocks[self()].of[self()];
 }
 
 void complete(const void* at) {
-    Meeting& m = history().meetings[at];
+    Meeting& m = history.meetings[at];
     m.completed.join(m.pending);
     m.pending = Clock();
 }
 
-void pass(const void* at) {
-    History& h = history();
-    h.clocks[self()].join(h.meetings[at].completed);
-}
+void pass(const void* at) { history.clocks[self()].join(history.meetings[at].completed); }
 
-void fence() {
-    History& h = history();
-    h.fences[self()].push_back(h.clocks[self()].of[self()]++);
-}
+void fence() { history.fences[self()].push_back(history.clocks[self()].of[self()]++); }
 
 void copied(const void* to, int bytes, const void* at) {
-    History& h = history();
-    Meeting& m = h.meetings[at];
-    if (m.agent < 0)
-        m.agent = h.agents++;
+    Meeting& m = history.meetings[at];
+    if (m.agent < 0) {
+        m.agent = static_cast<int>(history.agent_clocks.size());
+        history.agent_clocks.push_back(0);
+    }
     if (m.agent >= kMostAgents)
         fail("too many barriers");
     const int who = kMostThreads + m.agent;
-    const uint32_t when = ++h.agent_clocks[m.agent];
-    visit(to, bytes, [&](History&, Unit& x, size_t unit) {
-        const Clock& known = h.clocks[self()];
-        check_fenced(h, x, known, unit);
+    const uint32_t when = ++history.agent_clocks[m.agent];
+    visit(to, bytes, [&](Unit& x, size_t unit) {
+        const Clock& known = history.clocks[self()];
+        check_fenced(x, known, unit);
         overwrite(x, unit, known, who, when);
     });
     m.pending.of[who] = when;
 }
 
 void read_by_wgmma(const void* from, int bytes) {
-    visit(from, bytes, [](History& h, Unit& x, size_t unit) { check_fenced(h, x, h.clocks[self()], unit); });
+    visit(from, bytes, [](Unit& x, size_t unit) { check_fenced(x, history.clocks[self()], unit); });
     read(from, bytes);
 }
 
 void not_data(const void* at, int bytes) {
-    visit(at, bytes, [](History&, Unit& x, size_t) { x.data = false; });
+    visit(at, bytes, [](Unit& x, size_t) { x.data = false; });
 }
 
 Acting::Acting(int lane) { acting = lane; }

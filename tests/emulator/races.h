@@ -12,7 +12,7 @@
 namespace emulator::races {
 
 #ifdef EMULATOR_RACES
-void begin();                                              // a grid
+void begin();                                              // a CTA
 std::string found();                                       // the first of them, or nothing
 void meet_warp();                                          // all lanes, of the current thread's warp
 void arrive(const void* at);                               // at a barrier: what this thread has done so far is for those who pass it
