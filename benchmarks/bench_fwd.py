@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Measures flash_kda.fwd on a Hopper GPU, beside the peers that are installed.
 
-    python benchmarks/bench_fwd.py                                        # every row, both gates
+    python benchmarks/bench_fwd.py                          # every row, both gates
     python benchmarks/bench_fwd.py --rows standard,T2048-H12 --gates slow
-    python benchmarks/bench_fwd.py --rows T8192-H96 --peers flashkda,fla  # FLA autotunes for minutes a shape
+    python benchmarks/bench_fwd.py --peers flashkda         # without FLA, which autotunes for minutes a shape
 
 For each row: GPU microseconds (CUDA-graph replay, cold L2 cache), host microseconds to issue a call, both beside the
 memory floor: the time its unavoidable bytes take at 3.0 TB/s, and at the copy bandwidth measured on this device.
@@ -118,8 +118,8 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument("--rows", default=",".join(GROUPS),
                         help="groups and row names, comma-separated (default: %(default)s)")
     parser.add_argument("--gates", default=",".join(GATES), help="comma-separated (default: %(default)s)")
-    parser.add_argument("--peers", default="flashkda",
-                        help="any of %s, comma-separated (default: %%(default)s)" % ", ".join(kernels.PEERS))
+    parser.add_argument("--peers", default=",".join(kernels.PEERS),
+                        help="comma-separated; those that are not installed are left out (default: %(default)s)")
     parser.add_argument("--out", help="path of the results without suffix (default: results/DEVICE beside this script)")
     args = parser.parse_args(argv)
     try:

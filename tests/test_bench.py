@@ -337,8 +337,7 @@ def test_bench_writes_the_rows_that_ran(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measure, "device_us", device_us)
     monkeypatch.setattr(measure, "host_us", lambda call: 9.0)
 
-    bench_fwd.main(["--rows", "many", "--gates", "slow", "--peers", "flashkda,fla",
-                    "--out", str(tmp_path / "new" / "run")])
+    bench_fwd.main(["--rows", "many", "--gates", "slow", "--out", str(tmp_path / "new" / "run")])
     printed = capsys.readouterr().out
     assert "flashkda is left out: ImportError: not installed" in printed
     assert "[1/1] slow" in printed and "fla: RuntimeError: refused" in printed
