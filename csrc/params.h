@@ -19,6 +19,8 @@ struct Params {
     void* final_state;           // same dtype and shape, or null: not wanted; may be initial_state itself
     const int64_t* cu_seqlens;   // [num_sequences + 1], or null: every sequence has `tokens` tokens
 
+    void* workspace;             // of Plan::workspace_bytes, aligned to 16 bytes; whatever it holds
+
     int64_t num_sequences;
     int64_t tokens;              // of one sequence; with cu_seqlens, of the whole pack
     int64_t heads;

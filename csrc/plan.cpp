@@ -1,33 +1,136 @@
 #include "plan.h"
 
+#include <algorithm>
 #include <limits>
 #include <stdexcept>
 #include <string>
 
 namespace flash_kda {
 
+using sm90::Sharing;
+
 namespace {
 
-// CTAs of a one-dimensional grid, and coordinates of a tensor map, are 31-bit.
+// Numbers of chains are counted in 32 bits, coordinates of a tensor map in 31.
 constexpr int64_t kMax31 = std::numeric_limits<int32_t>::max();
+
+constexpr int kChunk = 16;
+
+constexpr int kFewChains = 16;   // an SM: with more, even a long one is no hurry
 
 [[noreturn]] void too_many(const char* what, int64_t a, int64_t b) {
     throw std::invalid_argument(std::string(what) + " must be at most 2^31 - 1, got " + std::to_string(a) + " x " +
                                 std::to_string(b));
 }
 
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Sequences in chunks, as the host sees them: one of `longest`, the others of `rest` each.
+struct Lengths {
+    int64_t sequences;
+    int longest, rest;
+
+    int64_t line() const { return longest + (sequences - 1) * rest + sequences * sm90::kStateChunks; }   // of one head: see schedule.cuh
+};
+
+Work serial_work(const Lengths& lengths, int64_t heads, int64_t pairs) {
+    Work work{};
+    work.steps = static_cast<double>(std::max<int64_t>(lengths.longest + sm90::kStateChunks, divide_up(lengths.line() * heads, pairs)));
+    return work;
+}
+
+Work segmented_work(const Lengths& lengths, int64_t heads, const Plan& plan) {
+    struct Tasks {
+        int segments;
+        int64_t summaries, replays;   // of a chain
+        double length;                // of one of them, with its states
+        Tasks(int chunks, const Plan& plan)
+            : segments(sm90::segments_of(chunks, plan.least_chunks, plan.segments)),
+              summaries(sm90::summaries_of(segments)),
+              replays(sm90::replays_of(segments)),
+              length(static_cast<double>(chunks) / segments + sm90::kStateChunks) {}
+    };
+    const Tasks longest(lengths.longest, plan), rest(lengths.rest, plan);
+    const int64_t others = lengths.sequences - 1;
+    // By all pairs in turn, one after the other of tasks as long as the mean, and nobody sooner than his longest.
+    const auto steps = [&](int64_t of_longest, int64_t of_rest) -> double {
+        const int64_t tasks = heads * (of_longest + others * of_rest);
+        if (tasks == 0)
+            return 0;
+        const double total = heads * (of_longest * longest.length + others * of_rest * rest.length);
+        return std::max({of_longest > 0 ? longest.length : 0, of_rest > 0 && others > 0 ? rest.length : 0, divide_up(tasks, plan.pairs()) * (total / tasks)});
+    };
+    Work work{};
+    work.steps = steps(longest.summaries, rest.summaries) + steps(longest.replays, rest.replays);
+    work.compositions = std::max(longest.segments - 2, 0);
+    work.summaries = longest.summaries > 0 ? 1 : 0;
+    return work;
+}
+
 }  // namespace
 
-Plan make_plan(int64_t num_sequences, int64_t tokens, int64_t heads, bool packed) {
+double Work::microseconds() const {
+    return 6.1 + 0.55 * steps + 3.1 * compositions + 5.2 * summaries;
+}
+
+Plan make_plan(int64_t num_sequences, int64_t tokens, int64_t heads, bool packed, int num_segments, int sms) {
     if (num_sequences < 0 || tokens < 0 || heads < 0)
         throw std::invalid_argument("num_sequences, tokens and heads must not be negative");
+    if (num_segments < 0 || num_segments > kMostSegments)
+        throw std::invalid_argument("num_segments must be at most " + std::to_string(kMostSegments));
     if (heads > 0 && num_sequences > kMax31 / heads)
         too_many("sequences x heads", num_sequences, heads);
     const int64_t repeats = packed ? 1 : num_sequences;
     if (repeats > 0 && tokens > kMax31 / repeats)
         too_many("sequences x tokens", repeats, tokens);
     const int64_t chains = num_sequences * heads;
-    return {chains, static_cast<uint32_t>(chains)};
+    if (chains == 0)
+        return {0, Sharing::kSpans, 1, 1, 0, 0, {}};
+
+    // What is not known of a pack without a sync is how long its sequences are. They are taken once to be all equal, and once for a pack
+    // whose longest is three times as long as their mean.
+    const int chunks = static_cast<int>(divide_up(tokens, kChunk));
+    const int mean = packed ? static_cast<int>(divide_up(chunks, num_sequences)) : chunks;
+    const int long_one = packed ? static_cast<int>(std::min<int64_t>(chunks, 3 * int64_t{mean})) : chunks;
+    const Lengths even = {num_sequences, mean, mean};
+    const Lengths uneven = {num_sequences, long_one, num_sequences > 1 ? static_cast<int>(packed ? (chunks - long_one) / (num_sequences - 1) : chunks) : 0};
+    const auto cost = [&](const Plan& plan) {
+        const auto work = [&](const Lengths& lengths) {
+            return plan.sharing == Sharing::kSegments ? segmented_work(lengths, heads, plan) : serial_work(lengths, heads, plan.pairs());
+        };
+        return work(even).microseconds() + work(uneven).microseconds();
+    };
+
+    const int64_t all_pairs = std::max(sms / sm90::kPair, 1), pairs = std::min(chains, all_pairs);
+    const Plan serial = {chains, Sharing::kSpans, 1, 1, static_cast<uint32_t>(sm90::kPair * pairs), pairs < chains ? pairs : 0, serial_work(even, heads, pairs)};
+    const auto segmented = [&](int segments, int least_chunks) -> Plan {
+        // No more than all sequences have room for together; and however wrong cu_seqlens is, a count of tasks fits in 32 bits.
+        const int64_t room = (chunks + (packed ? num_sequences : 0)) * (packed ? 1 : num_sequences) / least_chunks;
+        const int most = std::min(segments, std::max(chunks / least_chunks, 1));
+        if (chains > kMax31 / (2 * most))
+            too_many("sequences x heads x 2 num_segments", chains, 2 * most);
+        const int64_t pairs = std::min(chains * std::max(sm90::summaries_of(most), sm90::replays_of(most)), all_pairs);
+        const int64_t summaries = heads * std::min<int64_t>(num_sequences * sm90::summaries_of(most), 2 * room);
+        Plan plan{chains, Sharing::kSegments, most, least_chunks, static_cast<uint32_t>(sm90::kPair * pairs), summaries, {}};
+        plan.work = segmented_work(even, heads, plan);
+        return plan;
+    };
+    if (num_segments > 1 && chunks > 1)
+        return segmented(num_segments, 1);
+    Plan best = serial;
+    double least_cost = cost(best);
+    const auto consider = [&](const Plan& plan) {
+        const double plan_cost = cost(plan);
+        if (plan_cost < least_cost) {
+            best = plan;
+            least_cost = plan_cost;
+        }
+    };
+    if (num_segments > 0 || chains > kFewChains * sms)
+        return best;
+    for (int n = 3; n <= all_pairs + 1 && n <= long_one; ++n)
+        consider(segmented(packed && num_sequences > 1 ? all_pairs + 1 : n, long_one / n));
+    return best;
 }
 
 }  // namespace flash_kda

@@ -3,14 +3,39 @@
 
 #include <cstdint>
 
+#include "sm90/sharing.h"
+
 namespace flash_kda {
 
-struct Plan {
-    int64_t chains;   // (sequence, head) pairs: independent, each one serial in time
-    uint32_t grid;    // CTAs: one a chain, so that the hardware hands the next chain to the first free SM
+// What a CTA leaves for others where a chain is cut: an fp32 state, and a ticket a warp.
+constexpr int64_t kHandoverBytes = 128 * 128 * 4 + 64;
+
+constexpr int kMostSegments = 1024;   // fetches of a summary are counted in 16 bits
+
+// What the busiest CTA does, one after the other, by which the plan chooses. See docs/performance.md.
+struct Work {
+    double steps;           // chunks
+    double compositions;    // of two segments' summaries
+    double summaries;       // 1 where there are any: writing one, and waiting for others
+
+    double microseconds() const;
 };
 
+struct Plan {
+    int64_t chains;             // (sequence, head) pairs: independent, each one serial in time
+    sm90::Sharing sharing;      // of the chains among the CTAs
+    int segments;               // of a chain in time, at most,
+    int least_chunks;           // each of so many at least
+    uint32_t grid;              // CTAs, two a pair, no more than SMs: each fills one
+    int64_t handovers;          // in a workspace of device memory that the launch needs
+    Work work;
+
+    int64_t pairs() const { return grid / sm90::kPair; }
+    int64_t workspace_bytes() const { return handovers * kHandoverBytes; }
+};
+
+// `num_segments`: 1, the serial order; more, so many segments of every chain that has as many chunks; 0, whatever is quickest.
 // Throws std::invalid_argument where the sizes cannot be launched or addressed.
-Plan make_plan(int64_t num_sequences, int64_t tokens, int64_t heads, bool packed);
+Plan make_plan(int64_t num_sequences, int64_t tokens, int64_t heads, bool packed, int num_segments, int sms);
 
 }  // namespace flash_kda

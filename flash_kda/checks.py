@@ -13,6 +13,7 @@ from torch import Tensor
 
 HEAD_DIM = 128  # K and V
 ALIGNMENT = 16  # bytes; the CUDA kernels move these tensors by TMA
+MOST_SEGMENTS = 1024  # as csrc/plan.h has it
 FP32_MAX = torch.finfo(torch.float32).max
 
 BF16, FP32, INT64, STRIDED = torch.bfloat16, torch.float32, torch.int64, torch.strided
@@ -53,6 +54,14 @@ def _number(name, x, low, high, expected):
         _fail(name, expected, x)
 
 
+def _integer(name, x, low, high):
+    expected = "an integer from {} to {}, or None".format(low, high)
+    if isinstance(x, bool) or not isinstance(x, numbers.Integral):
+        _fail_type(name, expected, x)
+    if not low <= x <= high:
+        _fail(name, expected, x)
+
+
 def check_cu_seqlens_contents(cu_seqlens: Tensor, tokens: int) -> None:
     """Raise ValueError unless `cu_seqlens` starts at 0, never falls and ends at `tokens`. Synchronises on CUDA."""
     offsets = cu_seqlens.tolist()
@@ -86,7 +95,8 @@ def _check_overlap(written, others):
 
 
 def check(
-    q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens
+    q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens,
+    num_segments,
 ) -> Tuple[int, int, int]:
     """Raise as `flash_kda.fwd` says for bad arguments. Returns (N, T, H): sequences, tokens of a row, heads."""
     if not isinstance(q, Tensor) or q.dtype is not BF16:
@@ -107,6 +117,8 @@ def check(
     _tensor("dt_bias", dt_bias, FP32, (H, HEAD_DIM), "[H, K]", device)
     _number("scale", scale, -FP32_MAX, FP32_MAX, "a number, finite in fp32")
     _number("lower_bound", lower_bound, -5.0, 0.0, "a number in [-5, 0]")
+    if num_segments is not None:
+        _integer("num_segments", num_segments, 1, MOST_SEGMENTS)
 
     read = [("q", q), ("k", k), ("v", v), ("g", g), ("beta", beta), ("A_log", A_log), ("dt_bias", dt_bias)]
     N = B

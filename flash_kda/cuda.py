@@ -11,8 +11,8 @@ except ImportError as error:  # built without CUDA, or the module does not load:
 
 
 @functools.lru_cache(maxsize=None)  # once a device: it stands on the path of every call
-def check_device(index: int) -> None:
-    """Raise RuntimeError unless the kernels are built, and for the compute capability of CUDA device `index`."""
+def check_device(index: int) -> int:
+    """The number of SMs of CUDA device `index`. Raise RuntimeError unless the kernels are built, and for its compute capability."""
     if _C is None:
         raise RuntimeError(
             "flash_kda is installed without its CUDA kernels ({}). To run on CUDA tensors, rebuild it on a "
@@ -29,18 +29,27 @@ def check_device(index: int) -> None:
                 ", sm_".join(archs), index, torch.cuda.get_device_name(index), found[0], found[1]
             )
         )
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+@functools.lru_cache(maxsize=128)  # all layers of a model ask for the same one
+def _plan(num_sequences, tokens, heads, packed, num_segments, sms):
+    return _C.plan(num_sequences, tokens, heads, packed, num_segments or 0, sms)
 
 
 def fwd(
     q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens,
-    num_sequences, tokens, heads,
+    num_segments, num_sequences, tokens, heads,
 ) -> None:
     """`flash_kda.fwd` for checked CUDA tensors. `tokens` is T: of a row, or the packed total."""
     device = q.device
-    check_device(device.index)
+    sms = check_device(device.index)
     if num_sequences == 0 or heads == 0 or (tokens == 0 and final_state is None):
         return  # nothing to write
     state = initial_state if initial_state is not None else final_state
+    plan = _plan(num_sequences, tokens, heads, cu_seqlens is not None, num_segments, sms)
+    # It may be freed, and used by others on this stream, once the call is issued.
+    workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=device) if plan.workspace_bytes else None
     _C.fwd(
         q.data_ptr(),
         k.data_ptr(),
@@ -53,12 +62,14 @@ def fwd(
         0 if initial_state is None else initial_state.data_ptr(),
         0 if final_state is None else final_state.data_ptr(),
         0 if cu_seqlens is None else cu_seqlens.data_ptr(),
+        0 if workspace is None else workspace.data_ptr(),
         num_sequences,
         tokens,
         heads,
         state is not None and state.dtype is torch.float32,
         float(scale),
         float(lower_bound),
+        plan,
         device.index,
         torch.cuda.current_stream(device).cuda_stream,
     )

@@ -22,6 +22,7 @@ def fwd(
     initial_state: Optional[Tensor] = None,
     final_state: Optional[Tensor] = None,
     cu_seqlens: Optional[Tensor] = None,
+    num_segments: Optional[int] = None,
 ) -> None:
     """Kimi Delta Attention, forward only. Writes `out` and, if given, `final_state`; returns None.
 
@@ -32,8 +33,8 @@ def fwd(
         S  = S * diag(a);   u = b * (v - S k');   S = S + u k'^T;   out = scale * S q'
 
     Each row of the batch is one sequence; with `cu_seqlens` each packed sequence is one. A sequence may have any
-    length, 0 included (its state is copied through). A sequence's result depends on no other sequence, and the
-    same inputs give the same bits on every run. A sequence may be split into several calls, chained by the states.
+    length, 0 included (its state is copied through). A sequence's result depends on no other sequence's contents, and
+    the same inputs give the same bits on every run. A sequence may be split into several calls, chained by the states.
 
     On CUDA tensors this launches on the current stream of `q.device`, does not synchronise and can be captured in a
     CUDA graph. On CPU tensors it runs a chunked fp32 PyTorch path.
@@ -56,6 +57,11 @@ def fwd(
             tensors. On CUDA that would cost a synchronisation, so it is done only with FLASH_KDA_CHECK=1 in the
             environment, and not while a CUDA graph is captured; otherwise wrong contents give wrong results, but
             nothing outside the tensors is touched.
+        num_segments: on CUDA, into how many segments, done side by side, each sequence is cut in time: 1 to 1024. Where
+            few heads leave the GPU idle this is several times faster; no assumption about the gates is made, and the
+            error is the same, but other numbers of segments give other last bits. None chooses by T, N, H and the GPU;
+            1 is the serial order, in which a sequence's bits are the same in every batch and pack; n cuts sequences of
+            at least n * 16 tokens into n, shorter ones into fewer. The CPU path knows the serial order only.
 
     All tensors are contiguous and on one device; on CUDA, q, k, v, g, out and the states start on a multiple of 16
     bytes. Bad input raises before anything is written or launched.
@@ -68,12 +74,13 @@ def fwd(
             kernels are not built, or not for this device's compute capability, or the launch failed.
     """
     num_sequences, tokens, heads = check(
-        q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens
+        q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens,
+        num_segments,
     )
     if q.is_cuda:
         cuda.fwd(
             q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens,
-            num_sequences, tokens, heads,
+            num_segments, num_sequences, tokens, heads,
         )
     else:
         cpu.fwd(q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens)

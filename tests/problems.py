@@ -4,6 +4,7 @@ import dataclasses
 from typing import List, Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import flash_kda
@@ -15,6 +16,7 @@ D = 128  # K and V
 BOUNDS = {"cpu": (2.5e-3, 1e-5, 2.5e-3), "cuda": (5.5e-3, 4e-3, 4.5e-3)}
 GUARD = 1 << 16  # elements on either side of an output; more than a chunk of 16 tokens of any problem here
 GUARD_VALUE = 7.0
+MANY_HEADS = 48  # of three sequences or more: more chains than an H200 has SMs, so that some are cut to share the work out evenly
 
 GATES = ("random", "slow", "mixed", "none", "hardest")
 
@@ -114,8 +116,8 @@ class Guarded:
         assert (around == GUARD_VALUE).all(), "written outside the tensor"
 
 
-def run(x, final=torch.float32, in_place=False, fwd=flash_kda.fwd):
-    """`fwd` of problem x: (out, final state). `final`: dtype of the final state, where x has no initial one."""
+def run(x, final=torch.float32, in_place=False, fwd=flash_kda.fwd, **options):
+    """`fwd` of problem x: (out, final state). `final`: dtype of the final state, where x has no initial one. `options` are for `fwd`."""
     out = Guarded(x.v.shape, torch.bfloat16, x.v.device)
     state, arguments = None, x.arguments()
     if final is not None:
@@ -123,7 +125,7 @@ def run(x, final=torch.float32, in_place=False, fwd=flash_kda.fwd):
         state = Guarded((len(x.lens), x.v.shape[2], D, D), dtype, x.v.device)
         if in_place:
             arguments["initial_state"] = state.tensor.copy_(x.initial_state)
-    result = fwd(out=out.tensor, final_state=state and state.tensor, **arguments)
+    result = fwd(out=out.tensor, final_state=state and state.tensor, **arguments, **options)
     assert result is None
     out.check()
     if state:
@@ -133,6 +135,40 @@ def run(x, final=torch.float32, in_place=False, fwd=flash_kda.fwd):
 
 def reference(x):
     return flash_kda.reference(**x.arguments())
+
+
+def long_reference(x):
+    """`reference` in chunks of tokens, for sequences too long to go through one by one: it differs by fp64's rounding alone."""
+    C, H = 64, x.v.shape[2]  # g >= -5 a token, so a chunk's decay stays above e^-320: inside fp64
+    out = torch.empty(x.v.shape, dtype=torch.float64, device=x.v.device)
+    final = torch.zeros(len(x.lens), H, D, D, dtype=torch.float64, device=x.v.device)
+    if x.initial_state is not None:
+        final.copy_(x.initial_state)
+    A_log, dt_bias = x.A_log.double(), x.dt_bias.double()
+    for n, L in enumerate(x.lens):
+        if L == 0:
+            continue
+        count = -(-L // C)
+        chunks = lambda y: F.pad(y, (0, 0, 0, 0, 0, count * C - L)).unflatten(0, (count, C)).transpose(1, 2)
+        unit = lambda y: y * torch.rsqrt(y.square().sum(-1, keepdim=True) + 1e-6)
+        q, k, v, g, beta = (getattr(x, name)[x.rows(n)].double() for name in ("q", "k", "v", "g", "beta"))
+        g = chunks(x.lower_bound * torch.sigmoid(A_log.exp()[:, None] * (g + dt_bias)))
+        q, k, v, b = chunks(x.scale * unit(q)), chunks(unit(k)), chunks(v), chunks(torch.sigmoid(beta)[..., None])
+        decay = g.cumsum(-2).exp()  # from the chunk's beginning
+        kd, qd, ki = k * decay, q * decay, k / decay
+        # u + b tril(kd ki^T, -1) u = b (v - kd S^T): the residuals of a chunk's tokens, with S as before the chunk
+        W, U = torch.linalg.solve_triangular(
+            b * (kd @ ki.mT), b * torch.cat((kd, v), -1), upper=False, unitriangular=True
+        ).chunk(2, -1)
+        Z = (qd @ ki.mT).tril()
+        S, o = final[n], torch.empty_like(v)
+        for c in range(count):
+            u = U[c] - W[c] @ S.mT
+            o[c] = qd[c] @ S.mT + Z[c] @ u
+            S = (S + u.mT @ ki[c]) * decay[c, :, -1:]
+        out[x.rows(n)] = o.transpose(1, 2).flatten(0, 1)[:L]
+        final[n] = S
+    return out, final
 
 
 def error(found, truth):

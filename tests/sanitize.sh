@@ -5,6 +5,9 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 python=${PYTHON:-../.venv/bin/python}
 
+# An allocation a tensor: memcheck knows nothing of the tensors within a block of PyTorch's own.
+export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+
 # Warps hand shared memory over by one lane's arrival on an mbarrier after __syncwarp: an indirect dependency for the other lanes.
 for tool in "memcheck" "racecheck --racecheck-indirect-barrier-dependency yes"; do
     echo "== $tool"

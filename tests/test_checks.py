@@ -177,6 +177,24 @@ def test_other_kinds_of_number(number):
     assert same_bits(out, expected)
 
 
+@pytest.mark.parametrize("value", [True, numpy.True_, 3.0, 1j, "3", [3], numpy.array(3), torch.tensor(3)], ids=repr)
+def test_num_segments_is_no_integer(device, value):
+    message = "^num_segments: expected an integer from 1 to 1024, or None, got "
+    reject(dict(good(device), num_segments=value), TypeError, message)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1025, 10 ** 30, numpy.int64(0), numpy.int8(-1), numpy.uint16(1025)], ids=repr)
+def test_num_segments_range(device, value):
+    message = "^num_segments: expected an integer from 1 to 1024, or None, got .*{}".format(int(value))
+    reject(dict(good(device), num_segments=value), ValueError, message)
+
+
+@pytest.mark.parametrize("value", [None, 1, 1024, numpy.int64(1024), numpy.uint8(7)], ids=repr)
+def test_num_segments_that_will_do(device, value):
+    x = make([5, 100], heads=H, device=device)
+    check(x, *run(x, num_segments=value), slack=1.5)
+
+
 # ---------------------------------------------------------------- packs
 
 
@@ -311,20 +329,30 @@ def test_requires_grad(name):
 
 # ---------------------------------------------------------------- the CUDA path, as far as it goes without a GPU
 
+SMS = 132
+WORKSPACE, PLAN = 11, 18  # where the module's function takes them
+
 
 @pytest.fixture
 def fake(monkeypatch):
     """The CUDA path with a stand-in for the compiled module that records its calls, on a faked device."""
-    calls = []
-    module = SimpleNamespace(CUDA_ARCHS="90a", fwd=lambda *arguments: calls.append(arguments))
+    def plan(*arguments):
+        fake_gpu.plans.append(arguments)
+        return SimpleNamespace(workspace_bytes=fake_gpu.workspace_bytes)
+
+    module = SimpleNamespace(CUDA_ARCHS="90a", plan=plan, fwd=lambda *arguments: fake_gpu.calls.append(arguments))
+    fake_gpu = SimpleNamespace(module=module, capability=(9, 0), workspace_bytes=0, plans=[], calls=[])
     monkeypatch.setattr(cuda, "_C", module)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: fake_gpu.capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "A GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(multi_processor_count=SMS))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=1234))
-    cuda.check_device.cache_clear()
-    fake_gpu = SimpleNamespace(calls=calls, module=module, capability=(9, 0))
+    caches = cuda.check_device, cuda._plan
+    for cached in caches:
+        cached.cache_clear()
     yield fake_gpu
-    cuda.check_device.cache_clear()
+    for cached in caches:
+        cached.cache_clear()
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 9), (10, 0), (12, 0)])
@@ -337,7 +365,7 @@ def test_other_capability_than_built(fake, capability):
 @pytest.mark.parametrize("archs,capability", [("90a", (9, 0)), ("90a;100a", (9, 0)), ("90a;100a", (10, 0))])
 def test_capability_that_was_built(fake, archs, capability):
     fake.module.CUDA_ARCHS, fake.capability = archs, capability
-    cuda.check_device(0)
+    assert cuda.check_device(0) == SMS
 
 
 def test_not_built_for_hopper(fake):
@@ -353,10 +381,10 @@ def test_no_kernels_built(fake, monkeypatch):
         cuda.check_device(0)
 
 
-def launch(x, N, T, H, out=None, final_state=None):
+def launch(x, N, T, H, out=None, final_state=None, num_segments=None):
     # CPU tensors: nothing here looks further than their addresses.
-    arguments = x.arguments()
-    cuda.fwd(out=out, final_state=final_state, num_sequences=N, tokens=T, heads=H, **arguments)
+    arguments = dict(x.arguments(), num_segments=num_segments, num_sequences=N, tokens=T, heads=H)
+    cuda.fwd(out=out, final_state=final_state, **arguments)
 
 
 def test_launch_arguments(fake):
@@ -366,7 +394,28 @@ def test_launch_arguments(fake):
     pointers = [y.data_ptr() for y in (
         x.q, x.k, x.v, x.g, x.beta, out, x.A_log, x.dt_bias, x.initial_state, state, x.cu_seqlens,
     )]
-    assert fake.calls == [(*pointers, 2, 12, H, False, D ** -0.5, -5.0, None, 1234)]
+    found, = fake.calls
+    plan = found[PLAN]
+    assert plan.workspace_bytes == 0
+    assert found == (*pointers, 0, 2, 12, H, False, D ** -0.5, -5.0, plan, x.q.device.index, 1234)
+
+
+def test_launch_with_a_workspace(fake):
+    fake.workspace_bytes = 1000
+    x = make([5], heads=H)
+    launch(x, 1, 5, H, torch.empty_like(x.v))
+    assert fake.calls[0][WORKSPACE] > 0 and fake.calls[0][WORKSPACE] % checks.ALIGNMENT == 0
+
+
+@pytest.mark.parametrize("num_segments,told", [(None, 0), (1, 1), (3, 3), (numpy.int64(3), 3)], ids=repr)
+def test_the_plan_knows_what_was_asked_for(fake, num_segments, told):
+    x = make([5, 7], heads=H)
+    batch = make([5], heads=H, packed=False)
+    for _ in range(2):  # the second time it is remembered
+        launch(x, 2, 12, H, torch.empty_like(x.v), num_segments=num_segments)
+        launch(batch, 1, 5, H, torch.empty_like(batch.v), num_segments=num_segments)
+    assert fake.plans == [(2, 12, H, True, told, SMS), (1, 5, H, False, told, SMS)]
+    assert [len(call) for call in fake.calls] == [PLAN + 3] * 4
 
 
 @pytest.mark.parametrize("initial,final,is_fp32", [
@@ -379,8 +428,8 @@ def test_launch_without_some_states(fake, initial, final, is_fp32):
     arguments = fake.calls[0]
     assert arguments[8] == (0 if initial is None else x.initial_state.data_ptr())
     assert arguments[9] == (0 if final is None else state.data_ptr())
-    assert arguments[10] == 0 and arguments[14] is is_fp32
-    assert [type(y) for y in arguments[15:17]] == [float, float]
+    assert arguments[10] == 0 and arguments[15] is is_fp32
+    assert [type(y) for y in arguments[16:18]] == [float, float]
 
 
 @pytest.mark.parametrize("N,T,H,final,launches", [

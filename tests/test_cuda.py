@@ -1,14 +1,20 @@
-"""What `flash_kda.fwd` promises on CUDA tensors only: streams, graphs, sizes, and staying inside its tensors."""
+"""What `flash_kda.fwd` promises on CUDA tensors only: long sequences, streams, graphs, sizes, and staying inside its tensors."""
 
 import pytest
 import torch
 
 import flash_kda
-from problems import D, check, error, make, reference, run, same_bits
+from problems import (
+    D, MANY_HEADS, Guarded, check, error, gate_parameters, long_reference, make, reference, run, same_bits, worst_row_error,
+)
 
 pytestmark = pytest.mark.gpu
 
 BUSY_CYCLES = 10 ** 9  # about half a second of a stream kept busy
+
+# In all but the first the CTAs hand states on through a workspace: across the cuts of chains, or as segments' summaries.
+ORDERS = [(4, None), (MANY_HEADS, 1), (4, 3), (4, 50)]
+every_order = pytest.mark.parametrize("heads,num_segments", ORDERS)
 
 
 def copy_inputs(to, source):
@@ -17,29 +23,132 @@ def copy_inputs(to, source):
             x.copy_(getattr(source, name))
 
 
-@pytest.mark.parametrize("packed", [True, False])
-def test_graph_replay_with_new_inputs(packed):
-    lens = [40, 0, 70, 16, 33] if packed else [50] * 3
-    x = make(lens, packed=packed, device="cuda")
-    out, state = torch.empty_like(x.v), torch.empty_like(x.initial_state)
-    call = lambda: flash_kda.fwd(out=out, final_state=state, **x.arguments())
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        call()
+def large(shape):
+    """Random tokens made on the GPU: q, k, v, g."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    return [torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_(generator=generator) for _ in range(4)]
+
+
+# ---------------------------------------------------------------- accuracy
+
+LONG_GATES = ("random", "slow", "none", "mixed")  # a head each
+OUT_BOUND, STATE_BOUND = 5.1e-3, 3.9e-3  # promised of every length, gate and number of segments
+
+
+@pytest.fixture(scope="module", params=[(4096, reference), (131072, long_reference)], ids=["4096", "131072"])
+def long_problem(request):
+    """A sequence of many tokens, and its truth."""
+    T, truth = request.param
+    heads, generator = len(LONG_GATES), torch.Generator().manual_seed(T)
+    q, k, v, g = large((1, T, heads, D))
+    beta = torch.randn(1, T, heads, generator=generator).bfloat16().cuda()
+    parameters = [gate_parameters(gate, 1, lambda *shape: torch.rand(*shape, generator=generator)) for gate in LONG_GATES]
+    A_log, dt_bias = (torch.cat(y).cuda() for y in zip(*parameters))
+    x = make([1], heads=heads, packed=False, device="cuda")
+    x = x.replace(q=q, k=k, v=v, g=g, beta=beta, A_log=A_log, dt_bias=dt_bias, lens=[T])
+    return x, truth(x)
+
+
+@pytest.mark.parametrize("num_segments", [None, 1, 2, 3, 17, 67, 1024])
+def test_long_sequence(long_problem, num_segments):
+    x, (true_out, true_state) = long_problem
+    out, state = run(x, num_segments=num_segments)
+    for name, found, true, bound in (
+        ("out", out.unbind(2), true_out.unbind(2), OUT_BOUND),
+        ("state", state.unbind(1), true_state.unbind(1), STATE_BOUND),
+    ):
+        for head, gate in enumerate(LONG_GATES):
+            assert found[head].isfinite().all(), (name, gate)
+            assert error(found[head], true[head]) <= bound, (name, gate)
+            # What is wrong with a few tokens alone would be lost among so many.
+            assert worst_row_error(found[head], true[head]) <= 8 * bound, (name, gate)
+
+
+@pytest.mark.parametrize("num_segments", [None, 1, 3, 8, 70])
+@pytest.mark.parametrize("gate", ["slow", "mixed"])
+@pytest.mark.parametrize("lens", [
+    [3000, 1, 0, 17, 900, 33, 2, 500, 64, 15],
+    [20] * 17 + [2000] + [33, 0] * 20 + [1111],  # more sequences than a warp has lanes
+], ids=["few", "many"])
+def test_uneven_pack(lens, gate, num_segments):
+    x = make(lens, heads=2, gate=gate, device="cuda")
+    check(x, *run(x, num_segments=num_segments), truth=long_reference(x), slack=1.5)
+
+
+@pytest.mark.parametrize("num_segments", [None, 1, 3])
+def test_many_short_sequences(num_segments):
+    x = make([37 * n % 41 for n in range(300)], heads=8, device="cuda")
+    check(x, *run(x, num_segments=num_segments), slack=1.5)
+
+
+# ---------------------------------------------------------------- graphs and streams
+
+
+def capture(call):
+    """A graph of what `call` launches."""
+    call()  # the first call may load the module
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
+    return graph
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@every_order
+def test_graph_replay_with_new_inputs(packed, heads, num_segments):
+    lens = [40, 0, 70, 16, 33] if packed else [50] * 3
+    x = make(lens, heads=heads, packed=packed, device="cuda")
+    out, state = torch.empty_like(x.v), torch.empty_like(x.initial_state)
+    graph = capture(lambda: flash_kda.fwd(out=out, final_state=state, num_segments=num_segments, **x.arguments()))
     # Lengths may change between replays as long as their number and total stay.
-    for seed, new_lens in enumerate((lens, lens[::-1], [159, 0, 0, 0, 0] if packed else lens), start=100):
-        y = make(new_lens, packed=packed, seed=seed, device="cuda")
+    others = [lens[::-1], [159, 0, 0, 0, 0], [0, 1, 100, 2, 56]] if packed else [lens] * 3
+    for seed, new_lens in enumerate([lens, *others, lens], start=100):
+        y = make(new_lens, heads=heads, packed=packed, seed=seed, device="cuda")
         copy_inputs(x, y)
         out.fill_(float("nan"))
         state.fill_(float("nan"))
         graph.replay()
-        expected_out, expected_state = run(y)
+        expected_out, expected_state = run(y, num_segments=num_segments)
         assert same_bits(out, expected_out) and same_bits(state, expected_state)
         check(y, out, state, slack=1.5)
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_calls_in_place_on_several_streams_at_once(graphs):
+    """Six calls a stream, each on the state that the last one left; as graphs, two of them replayed three times."""
+    def calls(x, out, state, count, num_segments):
+        arguments = dict(x.arguments(), initial_state=state, final_state=state, num_segments=num_segments)
+        for _ in range(count):
+            flash_kda.fwd(out=out, **arguments)
+
+    expected, found, launches = [], [], []
+    for seed, (heads, num_segments) in enumerate(ORDERS):
+        x = make([400, 0, 177], heads=heads, seed=seed, device="cuda")
+        expected.append((torch.empty_like(x.v), x.initial_state.clone()))
+        calls(x, *expected[-1], 6, num_segments)
+        out, state = torch.empty_like(x.v), x.initial_state.clone()
+        if graphs:
+            graph = capture(lambda: calls(x, out, state, 2, num_segments))
+            launches.append(lambda graph=graph, x=x: [graph.replay() for _ in range(3)])  # which reads x
+        else:
+            launches.append(lambda arguments=(x, out, state, 6, num_segments): calls(*arguments))
+        out.fill_(float("nan"))
+        state.copy_(x.initial_state)
+        found.append((out, state))
+    torch.cuda.synchronize()
+    torch.cuda._sleep(BUSY_CYCLES)  # until all have been issued
+    start = torch.cuda.Event()
+    start.record()
+    for launch in launches:
+        side = torch.cuda.Stream()
+        side.wait_event(start)
+        with torch.cuda.stream(side):
+            launch()
+    torch.cuda.synchronize()
+    for (out, state), (expected_out, expected_state) in zip(found, expected):
+        assert expected_out.isfinite().all() and expected_state.isfinite().all()
+        assert same_bits(out, expected_out) and same_bits(state, expected_state)
 
 
 def test_runs_on_the_current_stream():
@@ -59,11 +168,11 @@ def test_runs_on_the_current_stream():
     assert same_bits(out, expected) and same_bits(state, expected_state)
 
 
-@pytest.mark.parametrize("packed", [True, False])
-def test_does_not_synchronise(packed):
+@pytest.mark.parametrize("packed,num_segments", [(True, None), (False, None), (True, 3)])
+def test_does_not_synchronise(packed, num_segments):
     x = make([40, 40], packed=packed, device="cuda")
     out, state = torch.empty_like(x.v), torch.empty_like(x.initial_state)
-    call = lambda: flash_kda.fwd(out=out, final_state=state, **x.arguments())
+    call = lambda: flash_kda.fwd(out=out, final_state=state, num_segments=num_segments, **x.arguments())
     call()  # the first call may load the module
     torch.cuda.synchronize()
     done = torch.cuda.Event()
@@ -78,18 +187,51 @@ def test_does_not_synchronise(packed):
     torch.cuda.synchronize()
 
 
-def test_allocates_only_through_pytorch():
-    x = make([4000, 33, 70], heads=16, device="cuda")
+# ---------------------------------------------------------------- memory
+
+
+@every_order
+def test_allocates_only_through_pytorch(heads, num_segments):
+    x = make([1000, 33, 70], heads=heads, device="cuda")
     out, state = torch.empty_like(x.v), torch.empty_like(x.initial_state)
-    call = lambda: flash_kda.fwd(out=out, final_state=state, **x.arguments())
+    call = lambda: flash_kda.fwd(out=out, final_state=state, num_segments=num_segments, **x.arguments())
     call()
     torch.cuda.synchronize()
-    held = lambda: torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
-    before = held()
+    # The first is what anyone else has, if something was allocated behind PyTorch's back.
+    held = lambda: (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved(), torch.cuda.memory_allocated())
+    before, peaks = held(), []
     for _ in range(3):
+        torch.cuda.reset_peak_memory_stats()
         call()
+        peaks.append(torch.cuda.max_memory_allocated())
     torch.cuda.synchronize()
     assert held() == before
+    assert peaks == peaks[:1] * 3
+    if num_segments is not None:
+        assert peaks[0] > before[1]  # the workspace is among what was counted
+
+
+@pytest.fixture
+def workspaces(monkeypatch):
+    """The workspaces that calls take from here on, guarded and full of NaNs."""
+    taken, empty = [], torch.empty
+
+    def guarded_empty(*size, **options):
+        if options.get("dtype") is not torch.uint8:
+            return empty(*size, **options)
+        taken.append(Guarded((size[0] // 4,), torch.float32, options["device"]))
+        return taken[-1].tensor.view(torch.uint8)
+
+    monkeypatch.setattr(torch, "empty", guarded_empty)
+    return taken
+
+
+@pytest.mark.parametrize("heads,num_segments", ORDERS[1:])
+def test_workspace_may_hold_anything(workspaces, heads, num_segments):
+    x = make([200, 0, 77, 33], heads=heads, device="cuda")
+    check(x, *run(x, num_segments=num_segments), slack=1.5)
+    assert len(workspaces) == 1
+    workspaces[0].check()
 
 
 @pytest.mark.parametrize("offsets", [
@@ -107,19 +249,22 @@ def test_allocates_only_through_pytorch():
     [99, 100, 99, 100],
     [-16, -8, -4, -1],
 ], ids=str)
-def test_garbage_cu_seqlens_stays_inside(offsets):
+@every_order
+def test_garbage_cu_seqlens_stays_inside(workspaces, offsets, heads, num_segments):
     # `run` guards both outputs; a read outside would be an illegal address, or compute-sanitizer's to find.
-    x = make([20, 40, 40], heads=2, device="cuda")
+    x = make([20, 40, 40], heads=heads, device="cuda")
     garbage = x.replace(cu_seqlens=torch.tensor(offsets, device="cuda"))
     before = garbage.clone()
-    run(garbage)
-    run(garbage, in_place=True)
-    run(garbage.replace(initial_state=None), final=None)
-    torch.cuda.synchronize()
+    run(garbage, num_segments=num_segments)
+    run(garbage, in_place=True, num_segments=num_segments)
+    run(garbage.replace(initial_state=None), final=None, num_segments=num_segments)
+    assert len(workspaces) == 3 or num_segments is None
+    for workspace in workspaces:
+        workspace.check()
     for name, y in before.arguments().items():
         if isinstance(y, torch.Tensor):
             assert torch.equal(getattr(garbage, name), y), name
-    check(x, *run(x), slack=1.5)  # the device is as good as before
+    check(x, *run(x, num_segments=num_segments), slack=1.5)  # the device is as good as before
 
 
 def test_check_variable_validates_cu_seqlens(monkeypatch):
@@ -138,10 +283,9 @@ def test_check_variable_lets_a_graph_be_captured(monkeypatch):
     monkeypatch.setenv("FLASH_KDA_CHECK", "1")
     x = make([20, 40], heads=2, device="cuda")
     expected, _ = run(x)
-    out = torch.empty_like(x.v)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        flash_kda.fwd(out=out, **x.arguments())
+    out = torch.full_like(x.v, float("nan"))
+    graph = capture(lambda: flash_kda.fwd(out=out, **x.arguments()))
+    out.fill_(float("nan"))
     graph.replay()
     assert same_bits(out, expected)
 
@@ -204,12 +348,6 @@ def test_agrees_with_the_cpu_path():
 def need_memory(gib):
     if torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated() < gib << 30:
         pytest.skip("needs {} GiB of free GPU memory".format(gib))
-
-
-def large(shape):
-    """Random tokens made on the GPU: q, k, v, g."""
-    generator = torch.Generator("cuda").manual_seed(0)
-    return [torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_(generator=generator) for _ in range(4)]
 
 
 @pytest.mark.parametrize("layout", ["one", "batch", "packed"])

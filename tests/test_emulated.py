@@ -16,6 +16,7 @@ from problems import GATES, check, make, same_bits
 
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parent / "csrc" / "sm90"
+SHARINGS = ("spans", "segments")  # as csrc/sm90/sharing.h has them
 COMPILER = os.environ.get("CXX") or "g++"
 
 
@@ -43,7 +44,7 @@ def build(folder, change=None, races=False):
         subprocess.run([COMPILER, "-shared", *objects, "-o", str(library)], check=True)
     function = ctypes.CDLL(str(library)).emulate_fwd
     pointer, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-    function.argtypes = [pointer] * 11 + [integer] * 3 + [ctypes.c_int, real, real, ctypes.c_uint64]
+    function.argtypes = [pointer] * 11 + [integer] * 3 + [ctypes.c_int, real, real] + [ctypes.c_int] * 5 + [ctypes.c_uint64]
     function.restype = ctypes.c_char_p
     return function
 
@@ -55,13 +56,19 @@ def kernel(tmp_path_factory):
     return build(tmp_path_factory.mktemp("emulator") / "kernel")
 
 
-def run(kernel, x, seed=0, **options):
-    """`problems.run` on the emulated kernel; the threads' order is drawn from `seed`."""
+def run(kernel, x, seed=0, sharing="spans", pairs=None, segments=1, least_chunks=1, handovers=None, **options):
+    """`problems.run` on the emulated kernel; the threads' order is drawn from `seed`. A pair of CTAs a chain unless `pairs` says how many."""
+    chains = len(x.lens) * x.q.shape[2]
+    pairs = pairs or chains
+    if handovers is None:
+        handovers = chains * 2 * segments if sharing == "segments" else pairs
+
     def fwd(q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens):
         tensors = (q, k, v, g, beta, out, A_log, dt_bias, initial_state, final_state, cu_seqlens)
         state = initial_state if initial_state is not None else final_state
         error = kernel(*(None if tensor is None else tensor.data_ptr() for tensor in tensors), len(x.lens), q.shape[1], q.shape[2],
-                       state is not None and state.dtype == torch.float32, scale, lower_bound, seed)
+                       state is not None and state.dtype == torch.float32, scale, lower_bound,
+                       SHARINGS.index(sharing), 2 * pairs, segments, least_chunks, handovers, seed)
         if error:
             raise RuntimeError(error.decode())
 
@@ -105,10 +112,66 @@ def test_neighbours_leave_no_trace(kernel):
     assert same_bits(out[x.rows(1)], expected[x.rows(1)]) and same_bits(state[1], expected_state[1])
 
 
-@pytest.mark.parametrize("offsets", [[-1, 20, 60, 100], [0, 80, 20, 100], [100, 60, 20, 0], [2 ** 62, -5, 2 ** 40, 7], [0, 20, 60, 10 ** 6]], ids=str)
+GARBAGE = [[-1, 20, 60, 100], [0, 80, 20, 100], [100, 60, 20, 0], [2 ** 62, -5, 2 ** 40, 7], [0, 20, 60, 10 ** 6]]
+
+
+@pytest.mark.parametrize("offsets", GARBAGE, ids=str)
 def test_garbage_cu_seqlens_stays_inside(kernel, offsets):
     x = make([20, 40, 40], heads=1)
     run(kernel, x.replace(cu_seqlens=torch.tensor(offsets)))  # nothing is written around the outputs
+
+
+PACKS = {"even": [33] * 6, "uneven": [300, 0, 1, 16, 17, 90], "a long one last": [5] * 9 + [300], "nothing but states": [0] * 12}
+
+
+@pytest.mark.parametrize("lens", PACKS.values(), ids=PACKS.keys())
+@pytest.mark.parametrize("spans", [1, 2, 3, 5])
+def test_spans(kernel, lens, spans):
+    """Fewer spans than chains: some chains are cut, and no bit shows where."""
+    x = make(lens, heads=2)
+    out, state = run(kernel, x)
+    check(x, out, state, path="cuda", slack=1.5)
+    found, found_state = run(kernel, x, pairs=spans, seed=spans)
+    assert same_bits(out, found) and same_bits(state, found_state)
+
+
+@pytest.mark.parametrize("pairs", [None, 1, 2])
+def test_one_segment_is_the_serial_order(kernel, pairs):
+    x = make([205, 0, 21], heads=1)
+    (out, state), (found, found_state) = run(kernel, x), run(kernel, x, sharing="segments", pairs=pairs, in_place=True)
+    assert same_bits(out, found) and same_bits(state, found_state)
+
+
+@pytest.mark.parametrize("segments", [2, 3, 5])
+@pytest.mark.parametrize("gate", ["mixed", "none"])
+@pytest.mark.parametrize("lens, pairs", [([400], 4), ([400], 1), ([400, 70, 0, 33, 150], 10)], ids=str)
+def test_segments(kernel, segments, gate, lens, pairs):
+    x = make(lens, heads=1, gate=gate)
+    check(x, *run(kernel, x, sharing="segments", pairs=pairs, segments=segments), path="cuda", slack=1.5)
+
+
+def test_only_long_sequences_are_cut(kernel):
+    x = make([20] * 17 + [300] + [33, 0] * 10, heads=2)  # more sequences than a warp has lanes
+    out, state = run(kernel, x)
+    check(x, out, state, path="cuda", slack=1.5)
+    found, found_state = run(kernel, x, sharing="segments", pairs=3, segments=8, least_chunks=5, in_place=True)
+    check(x, found, found_state, path="cuda", slack=1.5)
+    for n, length in enumerate(x.lens):
+        assert length == 300 or same_bits(out[x.rows(n)], found[x.rows(n)]) and same_bits(state[n], found_state[n])
+    assert not same_bits(out, found)
+
+
+@pytest.mark.parametrize("lens, segments", [([33] * 4, 3), ([90], 5), ([80, 200], 4)], ids=str)
+def test_many_compositions_in_a_pair(kernel, lens, segments):
+    """A prepare warp, which takes every eighth of a pair's chunks, passes several of them by at once."""
+    x = make(lens, heads=2)
+    check(x, *run(kernel, x, sharing="segments", pairs=1, segments=segments, seed=2), path="cuda", slack=1.5)
+
+
+@pytest.mark.parametrize("offsets", GARBAGE, ids=str)
+def test_garbage_cu_seqlens_with_segments(kernel, offsets):
+    x = make([20, 40, 40], heads=1)
+    run(kernel, x.replace(cu_seqlens=torch.tensor(offsets)), sharing="segments", pairs=2, segments=3, handovers=4)
 
 
 @pytest.fixture(scope="session")
@@ -116,20 +179,30 @@ def watched_kernel(kernel, tmp_path_factory):
     return build(tmp_path_factory.mktemp("emulator") / "watched", races=True)
 
 
+WATCHED = [
+    ([205, 21], dict(pairs=1)), ([205, 21], dict()), ([150, 0, 1, 110], dict(pairs=3)), ([205, 21], dict(sharing="segments")),
+    ([300, 70], dict(sharing="segments", pairs=3, segments=4)), ([90, 33], dict(sharing="segments", pairs=1, segments=5)),
+    ([640], dict(sharing="segments", pairs=2, segments=3)),
+]
+
+
+@pytest.mark.parametrize("lens, options", WATCHED, ids=str)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_no_races(watched_kernel, seed):
-    x = make([205, 0, 21], heads=2, seed=seed)
-    check(x, *run(watched_kernel, x, seed=seed), path="cuda", slack=1.5)
+def test_no_races(watched_kernel, lens, options, seed):
+    x = make(lens, heads=2, seed=seed)
+    check(x, *run(watched_kernel, x, seed=seed, **options), path="cuda", slack=1.5)
 
 
 # ---------------------------------------------------------------- that these tests can fail
 
 MISTAKES = {
-    "a barrier never reached": (("prepare.cuh", "        if (lane == 0)\n            mbarrier_arrive(smem.ready[slot]);", ""), "locked up"),
-    "an arrival too many": (("recurrence.cuh", "        if (lane == 0)\n            mbarrier_arrive(smem.empty[ring.slot]);",
-                             "        mbarrier_arrive(smem.empty[ring.slot]);"), None),
+    "a barrier never reached": (("prepare.cuh", "                mbarrier_arrive(smem_address(&smem.ready[slot]));\n", "                ;\n"), "locked up"),
+    "an arrival too many": (("recurrence.cuh", "free_there + mail.slot * 8, first_lane != 0", "free_there + mail.slot * 8, true"), None),
     "a wrong operand": (("recurrence.cuh", "wgmma<OutputAtom>(O_new, R, z);", "wgmma<OutputAtom>(O_new, R, t);"), None),
+    "a CTA that leaves early": (("fwd_kernel.cuh", "    sync_cluster();   // the other CTA may still speak to this one's shared memory\n", ""), "need not be there"),
+    "a descriptor with the CTA's rank": (("matrix_descriptor.h", "(address & 0x3ffff) >> 4", "address >> 4"), None),
     "no padding": (("prepare.cuh", "        if (valid < kChunk)\n            clear_tail(stage, valid);", ""), None),
+    "a neighbour's values": (("load.cuh", "row < valid ? ", "true ? "), None),
 }
 
 
@@ -139,13 +212,18 @@ def test_a_mistake_is_found(kernel, tmp_path, name):
     x = make([205, 21], heads=1)
     mistaken = build(tmp_path / "mistake", change)
     with pytest.raises((AssertionError, RuntimeError), match=message):
-        check(x, *run(mistaken, x), path="cuda", slack=1.5)
+        for sharing in SHARINGS:
+            check(x, *run(mistaken, x, sharing=sharing), path="cuda", slack=1.5)
 
 
 RACES = {
-    "lanes not waited for": (("prepare.cuh", "lane * 16, z);\n        __syncwarp();", "lane * 16, z);"), "a read after a write"),
-    "a stage released too early": (("recurrence.cuh", "        __syncwarp();   // every lane has read\n", ""), "a write after a read .* copy engine"),
-    "no proxy fence": (("prepare.cuh", "        fence_async_proxy();\n", ""), "no proxy fence"),
+    "lanes not waited for": (("prepare.cuh", "        __syncwarp();   // every lane has its part of kd\n", ""), "a write after a read"),
+    "a stage released too early": (("recurrence.cuh", "        __syncwarp();   // every lane has read\n", ""), "a write after a read.* copy engine"),
+    "the other CTA's stages not waited for": (("load.cuh", "            mbarrier_wait(smem_address(&smem.free[mail.slot]), mail.parity ^ 1);   // passes in the first turn\n", ""), ""),
+    "values not waited for": (("load.cuh", "            mbarrier_wait(smem_address(&smem.values_empty[turn.slot]), turn.parity ^ 1);\n", ""), ""),
+    "no proxy fence": (("prepare.cuh", "            fence_async_proxy();\n", ""), "no proxy fence"),
+    "no proxy fence before summaries": (("segments.cuh", "    fence_async_proxy_everywhere();\n", ""), "no proxy fence"),
+    "a state left too early": (("recurrence.cuh", "    __threadfence();\n    __syncwarp();\n    if (thread % 32 == 0)\n        store_release(&handover.left", "    if (thread % 32 == 0)\n        store_release(&handover.left"), "a read after a write.* the workspace"),
 }
 
 
@@ -154,4 +232,5 @@ def test_a_race_is_found(kernel, tmp_path, name):
     change, message = RACES[name]
     racing = build(tmp_path / "race", change, races=True)
     with pytest.raises(RuntimeError, match="race: .*" + message):
-        run(racing, make([205, 0, 21], heads=2))
+        for lens, options in WATCHED:
+            run(racing, make(lens, heads=2), **options)

@@ -4,12 +4,15 @@ import pytest
 import torch
 
 import flash_kda
-from problems import D, GATES, check, error, make, reference, run, same_bits
+from problems import D, GATES, MANY_HEADS, check, error, long_reference, make, reference, run, same_bits
 
 # Few tokens scatter more, and without decay nothing of a rounding error is forgotten (CUDA bounds only).
 SHORT = NO_DECAY = 1.5
 # With one key repeated the residual v - S k is the small difference of large numbers, and S k is a bf16 product.
 REPEATED = 4.0
+
+# The planner's choice, the serial order, and segments whatever the GPU is. The CPU path has one order, whichever is named.
+any_order = pytest.mark.parametrize("num_segments", [None, 1, 3])
 
 
 # ---------------------------------------------------------------- accuracy
@@ -64,9 +67,10 @@ def test_heads(device, H):
     [16, 32, 48],
     [15, 17, 31, 1, 64, 3],
 ], ids=str)
-def test_pack(device, lens):
+@any_order
+def test_pack(device, lens, num_segments):
     x = make(lens, seed=len(lens), device=device)
-    out, state = run(x)
+    out, state = run(x, num_segments=num_segments)
     check(x, out, state, slack=SHORT)
     for n, length in enumerate(lens):
         if length == 0:
@@ -158,33 +162,39 @@ def test_scale_zero(device):
     (torch.bfloat16, None),
     (torch.bfloat16, torch.bfloat16),
 ])
-def test_states(device, packed, state, final):
+@any_order
+def test_states(device, packed, state, final, num_segments):
     x = make([37, 0, 70] if packed else [37, 37], packed=packed, state=state, seed=12, device=device)
-    out, found = run(x, final=final)
+    out, found = run(x, final=final, num_segments=num_segments)
     assert (found is None) == (final is None)
     check(x, out, found, slack=SHORT)
 
 
+@pytest.mark.parametrize("heads", [4, MANY_HEADS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_states_in_place(device, dtype):
-    x = make([37, 0, 70, 16], state=dtype, seed=13, device=device)
-    out, state = run(x)
-    out_in_place, state_in_place = run(x, in_place=True)
+@any_order
+def test_states_in_place(device, heads, dtype, num_segments):
+    x = make([37, 0, 70, 16], heads=heads, state=dtype, seed=13, device=device)
+    out, state = run(x, num_segments=num_segments)
+    out_in_place, state_in_place = run(x, in_place=True, num_segments=num_segments)
     assert same_bits(out, out_in_place)
     assert same_bits(state, state_in_place)
 
 
-def test_no_initial_state_is_a_zero_one(device):
+@any_order
+def test_no_initial_state_is_a_zero_one(device, num_segments):
     x = make([37, 0, 70], seed=14, device=device)
-    out, state = run(x.replace(initial_state=torch.zeros_like(x.initial_state)))
-    for found, expected in zip(run(x.replace(initial_state=None)), (out, state)):
-        assert torch.equal(found, expected)
-    assert (run(x.replace(initial_state=None))[1][1] == 0).all()
+    expected = run(x.replace(initial_state=torch.zeros_like(x.initial_state)), num_segments=num_segments)
+    found = run(x.replace(initial_state=None), num_segments=num_segments)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    assert (found[1][1] == 0).all()
 
 
-def test_final_state_does_not_change_the_output(device):
+@any_order
+def test_final_state_does_not_change_the_output(device, num_segments):
     x = make([37, 0, 70], seed=15, device=device)
-    assert same_bits(run(x, final=None)[0], run(x)[0])
+    without, _ = run(x, final=None, num_segments=num_segments)
+    assert same_bits(without, run(x, num_segments=num_segments)[0])
 
 
 def test_bf16_state_is_kept_in_fp32_inside_a_sequence(device):
@@ -218,6 +228,60 @@ def test_token_by_token(device):
     check(x, torch.cat(outs, 1), state, slack=SHORT)
 
 
+# ---------------------------------------------------------------- segments
+
+SEGMENTS = pytest.mark.parametrize("num_segments", [2, 3, 7, 50])
+
+
+@pytest.mark.parametrize("gate", GATES)
+@SEGMENTS
+def test_accuracy_in_segments(device, gate, num_segments):
+    x = make([805, 0, 333, 1, 57, 1000], heads=2, gate=gate, seed=36, device=device)  # two are long enough for 50
+    check(x, *run(x, num_segments=num_segments), truth=long_reference(x), slack=SHORT)
+
+
+@SEGMENTS
+def test_batch_in_segments(device, num_segments):
+    x = make([131] * 3, packed=False, heads=5, seed=35, device=device)
+    check(x, *run(x, num_segments=num_segments), slack=SHORT)
+
+
+@pytest.mark.parametrize("T", [1, 15, 16, 17, 31, 32, 33, 47, 48, 49, 65, 257])
+@SEGMENTS
+def test_every_length_in_segments(device, T, num_segments):
+    x = make([T], packed=False, heads=2, gate="slow", seed=T, device=device)
+    check(x, *run(x, num_segments=num_segments), slack=SHORT)
+
+
+@pytest.mark.parametrize("gate", ["slow", "mixed", "random"])
+@SEGMENTS
+def test_chained_calls_in_segments(device, gate, num_segments):
+    bounds = [0, 1, 260, 261, 300, 500]
+    x = make([bounds[-1]], packed=False, gate=gate, heads=2, seed=36, device=device)
+    state, outs = x.initial_state.clone(), []
+    for begin, end in zip(bounds, bounds[1:]):
+        part = x.alone(0, begin, end).replace(initial_state=state)
+        out, state = run(part, in_place=len(outs) % 2 == 0, num_segments=num_segments)
+        outs.append(out)
+    check(x, torch.cat(outs, 1), state, slack=SHORT)
+
+
+@SEGMENTS
+def test_repeated_key_in_segments(device, num_segments):
+    x = make([300, 40], gate="slow", heads=2, device=device, seed=37)
+    x.k[:] = x.k[:, :1]
+    check(x, *run(x, num_segments=num_segments), slack=REPEATED)
+
+
+def test_segments_show_in_the_last_bits_on_cuda_alone(device):
+    # Or nothing here would tell whether num_segments is heeded.
+    x = make([500], gate="none", heads=2, seed=38, device=device)
+    states = [run(x, num_segments=num_segments)[1] for num_segments in (1, 3, 7, 50)]
+    for i in range(len(states)):
+        for j in range(i):
+            assert same_bits(states[i], states[j]) == (device == "cpu")
+
+
 # ---------------------------------------------------------------- nothing to do
 
 
@@ -233,14 +297,17 @@ def test_empty_batch(device, B, T, H, final):
         assert (run(x.replace(initial_state=None))[1] == 0).all()
 
 
+@pytest.mark.parametrize("lens", [[0, 0, 0], [0, 0, 0, 100]], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_zero_length_sequences_copy_their_state_bit_for_bit(device, dtype):
-    x = make([0, 0, 0], state=dtype, device=device)
+@any_order
+def test_zero_length_sequences_copy_their_state_bit_for_bit(device, lens, dtype, num_segments):
+    x = make(lens, state=dtype, device=device)
     x.initial_state[1, 0, 0, 0] = float("inf")
     x.initial_state[1, 0, 0, 1] = 3e38
     x.initial_state[1, 0, 0, 2] = 1e-40  # subnormal
-    assert same_bits(run(x)[1], x.initial_state)
-    assert same_bits(run(x, in_place=True)[1], x.initial_state)
+    for in_place in (False, True):
+        _, state = run(x, in_place=in_place, num_segments=num_segments)
+        assert same_bits(state[:3], x.initial_state[:3])
 
 
 def test_pack_of_no_sequences(device):
@@ -252,39 +319,54 @@ def test_pack_of_no_sequences(device):
 # ---------------------------------------------------------------- independence
 
 
-def test_same_bits_run_after_run(device, all_threads):
-    x = make([300, 0, 41, 7], device=device, seed=19)
-    first = run(x)
+@pytest.mark.parametrize("heads,num_segments", [(4, None), (MANY_HEADS, 1), (4, 3), (4, 50)])
+def test_same_bits_run_after_run(device, all_threads, heads, num_segments):
+    x = make([300, 0, 41, 7], heads=heads, device=device, seed=19)
+    first = run(x, num_segments=num_segments)
     for _ in range(3):
-        for a, b in zip(first, run(x)):
+        for a, b in zip(first, run(x, num_segments=num_segments)):
             assert same_bits(a, b)
 
 
-def test_packed_sequence_equals_itself_alone(device, all_threads):
-    x = make([40, 0, 70, 16, 33, 1, 129], seed=20, device=device)
-    out, state = run(x)
+PACKS = {
+    "mixed": [40, 0, 70, 16, 33, 1, 129],
+    "one much longer": [5, 0, 16, 3, 300, 17, 1],
+    "long and few": [300, 333],
+}
+
+
+# In the serial order, that is: what the planner chooses depends on the batch.
+@pytest.mark.parametrize("lens", PACKS.values(), ids=PACKS.keys())
+@pytest.mark.parametrize("heads", [4, MANY_HEADS])
+def test_packed_sequence_equals_itself_alone(device, all_threads, lens, heads):
+    x = make(lens, heads=heads, seed=20, device=device)
+    out, state = run(x, num_segments=1)
     for n in range(len(x.lens)):
-        alone_out, alone_state = run(x.alone(n))
+        alone_out, alone_state = run(x.alone(n), num_segments=1)
         assert same_bits(out[x.rows(n)], alone_out[0]), n
         assert same_bits(state[n], alone_state[0]), n
 
 
-def test_batch_row_equals_itself_alone(device):
-    x = make([45] * 3, packed=False, seed=21, device=device)
-    out, state = run(x)
-    for n in range(3):
-        alone_out, alone_state = run(x.alone(n))
+@pytest.mark.parametrize("B,heads", [(3, 4), (3, MANY_HEADS), (7, MANY_HEADS)])
+def test_batch_row_equals_itself_alone(device, B, heads):
+    x = make([133] * B, heads=heads, packed=False, seed=21, device=device)
+    out, state = run(x, num_segments=1)
+    for n in range(B):
+        alone_out, alone_state = run(x.alone(n), num_segments=1)
         assert same_bits(out[n], alone_out[0]), n
         assert same_bits(state[n], alone_state[0]), n
 
 
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("content", [float("nan"), float("inf"), -float("inf"), 3e38, 0.0, "random"])
-def test_neighbours_contents_do_not_matter(device, packed, content):
+@pytest.mark.parametrize("content,heads,num_segments", [
+    *((content, 4, None) for content in (float("nan"), float("inf"), -float("inf"), 3e38, 0.0, "random")),
+    *((float("nan"), *order) for order in ((4, 1), (MANY_HEADS, 1), (4, 2), (4, 3), (4, 50))),
+])
+def test_neighbours_contents_do_not_matter(device, packed, content, heads, num_segments):
     lens = [40, 23, 70, 0, 33, 1] if packed else [39] * 6
-    x = make(lens, packed=packed, seed=22, device=device)
-    out, state = run(x)
-    other = make(lens, packed=packed, seed=23, device=device)
+    x = make(lens, heads=heads, packed=packed, seed=22, device=device)
+    out, state = run(x, num_segments=num_segments)
+    other = make(lens, heads=heads, packed=packed, seed=23, device=device)
     for kept in (1, 2, 4):
         y = x.clone()
         for n in set(range(6)) - {kept}:
@@ -292,38 +374,41 @@ def test_neighbours_contents_do_not_matter(device, packed, content):
                 rows = y.rows(n)
                 getattr(y, name)[rows] = getattr(other, name)[rows] if content == "random" else content
             y.initial_state[n] = other.initial_state[n] if content == "random" else content
-        out_y, state_y = run(y)
+        out_y, state_y = run(y, num_segments=num_segments)
         assert same_bits(out_y[y.rows(kept)], out[x.rows(kept)]), kept
         assert same_bits(state_y[kept], state[kept]), kept
 
 
-def test_heads_do_not_mix(device):
+@any_order
+def test_heads_do_not_mix(device, num_segments):
     x = make([50, 17], seed=24, device=device)
-    out, state = run(x)
+    out, state = run(x, num_segments=num_segments)
     y = x.clone()
     for name in ("q", "k", "v", "g", "beta"):
         getattr(y, name)[:, :, [0, 1, 3]] = float("nan")
     y.A_log[[0, 1, 3]] = float("nan")
     y.dt_bias[[0, 1, 3]] = float("nan")
     y.initial_state[:, [0, 1, 3]] = float("nan")
-    out_y, state_y = run(y)
+    out_y, state_y = run(y, num_segments=num_segments)
     assert same_bits(out_y[:, :, 2].contiguous(), out[:, :, 2].contiguous())
     assert same_bits(state_y[:, 2].contiguous(), state[:, 2].contiguous())
 
 
-def test_a_later_chunk_does_not_touch_an_earlier_one(device):
+@pytest.mark.parametrize("num_segments", [None, 1, 2, 3, 6])
+def test_a_later_chunk_does_not_touch_an_earlier_one(device, num_segments):
     x = make([96], seed=25, device=device)
-    out, _ = run(x)
+    out, _ = run(x, num_segments=num_segments)
     y = x.clone()
     for name in ("q", "k", "v", "g", "beta"):
         getattr(y, name)[:, 64:] = float("nan")
-    assert same_bits(run(y)[0][:, :64], out[:, :64])
+    assert same_bits(run(y, num_segments=num_segments)[0][:, :64], out[:, :64])
 
 
-def test_inputs_are_not_written(device):
+@any_order
+def test_inputs_are_not_written(device, num_segments):
     x = make([40, 0, 23], seed=26, device=device)
     before = x.clone()
-    run(x)
+    run(x, num_segments=num_segments)
     for name, y in before.arguments().items():
         if isinstance(y, torch.Tensor):
             assert torch.equal(getattr(x, name), y), name

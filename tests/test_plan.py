@@ -1,33 +1,137 @@
 """The host plan, which is plain C++: no GPU needed, only the built module."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 _C = pytest.importorskip("flash_kda._C", reason="flash_kda was built without its kernels")
 
+ROOT = Path(__file__).resolve().parent.parent
 MAX = 2**31 - 1
 
 
+SMS = 132
+HANDOVER_BYTES = 128 * 128 * 4 + 8 * 8  # an fp32 state, and a ticket for each of eight warps
+SERIAL, FREE = 1, 0
+
+
+def layout(plan):
+    return plan.chains, plan.sharing, plan.segments, plan.grid, plan.workspace_bytes
+
+
 @pytest.mark.parametrize("num_sequences, tokens, heads, packed", [
-    (1, 8192, 96, False), (8, 1024, 12, False), (6, 8192, 96, True), (1, 0, 4, False), (3, 0, 4, True), (65535, 1, 128, False),
+    (1, 0, 4, False), (3, 0, 4, True), (5, 1024, 12, False), (66, 1, 1, False), (66, 16, 1, True), (1, 8192, 64, False),
 ])
-def test_one_cta_a_chain(num_sequences, tokens, heads, packed):
-    plan = _C.plan(num_sequences, tokens, heads, packed)
-    assert plan == {"chains": num_sequences * heads, "grid": num_sequences * heads}
+def test_a_pair_for_every_chain(num_sequences, tokens, heads, packed):
+    plan = _C.plan(num_sequences, tokens, heads, packed, SERIAL, SMS)
+    chains = num_sequences * heads
+    assert layout(plan) == (chains, "spans", 1, 2 * chains, 0)
 
 
+@pytest.mark.parametrize("num_sequences, tokens, heads, packed", [
+    (67, 1000, 1, False), (8, 1024, 96, False), (6, 8192, 96, True), (65535, 1, 128, False), (40, 0, 4, True),
+])
+@pytest.mark.parametrize("sms", [SMS, 7])
+def test_more_chains_than_pairs(num_sequences, tokens, heads, packed, sms):
+    plan = _C.plan(num_sequences, tokens, heads, packed, SERIAL, sms)
+    assert layout(plan) == (num_sequences * heads, "spans", 1, sms // 2 * 2, sms // 2 * HANDOVER_BYTES)
+
+
+@pytest.mark.parametrize("num_segments", [FREE, SERIAL, 7])
 @pytest.mark.parametrize("num_sequences, heads", [(0, 96), (4, 0), (0, 0)])
-def test_nothing_to_do(num_sequences, heads):
-    assert _C.plan(num_sequences, 16, heads, False)["grid"] == 0
+def test_nothing_to_do(num_sequences, heads, num_segments):
+    assert _C.plan(num_sequences, 16, heads, False, num_segments, SMS).grid == 0
+
+
+# ---------------------------------------------------------------- segments
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 16])
+@pytest.mark.parametrize("packed", [False, True])
+def test_one_chunk_cannot_be_cut(tokens, packed):
+    plan = _C.plan(1, tokens, 4, packed, 5, SMS)
+    assert (plan.sharing, plan.segments) == ("spans", 1)
+
+
+@pytest.mark.parametrize("num_sequences, tokens, heads, packed, num_segments, segments, grid, summaries", [
+    (1, 8192, 8, False, 5, 5, 112, 56),  # of four segments seven summaries, each by a pair
+    (1, 8192, 8, True, 5, 5, 112, 56),
+    (1, 8192, 8, False, 20, 20, SMS, 8 * 37),
+    (3, 8192, 8, False, 5, 5, SMS, 3 * 56),
+    (2, 33, 1, False, 1024, 3, 12, 6),  # three chunks each
+    (3, 48, 1, True, 1024, 3, 18, 9),  # three chunks in all, though rounding may make it five
+])
+def test_forced_segments(num_sequences, tokens, heads, packed, num_segments, segments, grid, summaries):
+    plan = _C.plan(num_sequences, tokens, heads, packed, num_segments, SMS)
+    chains = num_sequences * heads
+    assert layout(plan) == (chains, "segments", segments, grid, summaries * HANDOVER_BYTES) and plan.least_chunks == 1
+
+
+def summaries_wanted(plan, lens, heads):
+    """Handovers that the kernel fills for sequences of these lengths: see csrc/sm90/sharing.h."""
+    total = 0
+    for length in lens:
+        n = min(max(-(-length // 16) // plan.least_chunks, 1), plan.segments)
+        total += max(2 * n - 3, 0) if n != 2 or plan.segments == 2 else 0
+    return total * heads
+
+
+@pytest.mark.parametrize("num_segments", [FREE, 2, 3, 50])
+@pytest.mark.parametrize("lens", [
+    [4096], [4000, 33, 0, 1], [17] * 40, [1] * 30 + [5000], [16, 8000, 16], [1024] * 8, [31] * 3, [700, 2100, 350],
+], ids=str)
+def test_a_pack_has_room_for_its_summaries(lens, num_segments):
+    plan = _C.plan(len(lens), sum(lens), 4, True, num_segments, SMS)
+    if plan.segments > 1:
+        assert summaries_wanted(plan, lens, 4) * HANDOVER_BYTES <= plan.workspace_bytes
+
+
+@pytest.mark.parametrize("tokens, heads", [(4096, 8), (2048, 12), (8192, 16), (65536, 8), (3072, 10)])
+def test_few_chains_are_cut(tokens, heads):
+    plan = _C.plan(1, tokens, heads, False, FREE, SMS)
+    serial = _C.plan(1, tokens, heads, False, SERIAL, SMS)
+    assert plan.sharing == "segments" and plan.segments > 2 and plan.grid <= SMS
+    assert plan.work.microseconds < serial.work.microseconds
+    assert layout(plan) == layout(_C.plan(1, tokens, heads, True, FREE, SMS))  # a pack of one sequence is no secret
+
+
+@pytest.mark.parametrize("num_sequences, tokens, heads, packed", [
+    (1, 8192, 96, False), (8, 8192, 96, True), (6, 8192, 64, True), (64, 16384, 32, True), (1, 16, 4, False), (200, 200, 12, True), (100000, 10**6, 96, True),
+])
+def test_many_or_short_chains_are_not(num_sequences, tokens, heads, packed):
+    plan = _C.plan(num_sequences, tokens, heads, packed, FREE, SMS)
+    assert layout(plan) == layout(_C.plan(num_sequences, tokens, heads, packed, SERIAL, SMS))
+
+
+def test_of_an_even_pack_no_sequence_is_cut_but_a_long_one_would_be():
+    plan = _C.plan(4, 8192, 12, True, FREE, SMS)
+    assert plan.segments > 1
+    assert summaries_wanted(plan, [2048] * 4, 12) == 0
+    assert summaries_wanted(plan, [8000, 64, 64, 64], 12) > 0
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results" / "plan").glob("*.json")), ids=lambda path: path.stem)
+def test_costs_are_those_of_the_fit(path):
+    result = json.loads(path.read_text(encoding="utf-8"))
+    for point in result["points"]:
+        plan = _C.plan(1, point["tokens"], point["heads"], False, point["segments"], result["device"]["sm_count"])
+        assert plan.work.microseconds == pytest.approx(point["fitted_us"], rel=0.06)
+
+
+# ---------------------------------------------------------------- limits
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_sizes_at_the_limit(packed):
-    assert _C.plan(1, MAX, 1, packed)["grid"] == 1
-    assert _C.plan(MAX, 1, 1, packed)["grid"] == MAX
+@pytest.mark.parametrize("num_segments", [FREE, SERIAL])
+def test_sizes_at_the_limit(packed, num_segments):
+    assert _C.plan(1, MAX, 1, packed, num_segments, SMS).chains == 1
+    assert _C.plan(MAX, 1, 1, packed, num_segments, SMS).chains == MAX
     # Packed, the tokens are those of all sequences together
-    assert _C.plan(3, MAX, 1, True)["grid"] == 3
+    assert _C.plan(3, MAX, 1, True, num_segments, SMS).chains == 3
 
 
+@pytest.mark.parametrize("num_segments", [FREE, SERIAL, 2])
 @pytest.mark.parametrize("sizes, message", [
     ((1, MAX + 1, 1, False), "tokens"),
     ((1, MAX + 1, 1, True), "tokens"),
@@ -38,6 +142,17 @@ def test_sizes_at_the_limit(packed):
     ((1, -1, 1, False), "negative"),
     ((1, 1, -1, True), "negative"),
 ])
-def test_sizes_past_the_limit(sizes, message):
+def test_sizes_past_the_limit(sizes, message, num_segments):
     with pytest.raises(ValueError, match=message):
-        _C.plan(*sizes)
+        _C.plan(*sizes, num_segments, SMS)
+
+
+def test_more_tasks_than_can_be_counted():
+    with pytest.raises(ValueError, match="num_segments"):
+        _C.plan(2**20, 2**20, 2, True, 1024, SMS)
+
+
+@pytest.mark.parametrize("num_segments", [-1, 1025])
+def test_a_number_of_segments_that_cannot_be(num_segments):
+    with pytest.raises(ValueError, match="num_segments"):
+        _C.plan(1, 8192, 8, False, num_segments, SMS)

@@ -1,4 +1,4 @@
-"""`flash_kda.reference` against the formulas written with plain Python numbers."""
+"""`flash_kda.reference` against the formulas written with plain Python numbers, and the tests' form of it for long sequences against it."""
 
 import math
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import flash_kda
+from problems import GATES, error, long_reference, make, reference
 
 
 def scalar_recurrence(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, S):
@@ -82,3 +83,20 @@ def test_reference_rejects_bad_packs():
     x = inputs(1, 4, 1, 3, 3, 2, seed=4)
     with pytest.raises(ValueError, match="^cu_seqlens"):
         flash_kda.reference(cu_seqlens=torch.tensor([0, 2, 3]), **x)
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("lens,packed,state", [
+    ([300, 0, 1, 64, 63, 129], True, torch.float32), ([130, 130], False, torch.bfloat16), ([65], False, None),
+], ids=str)
+def test_long_reference(device, gate, lens, packed, state):
+    x = make(lens, heads=2, gate=gate, packed=packed, state=state, device=device)
+    for found, true in zip(long_reference(x), reference(x)):
+        assert found.dtype == torch.float64 and error(found, true) <= 1e-12
+
+
+def test_long_reference_of_one_key(device):
+    x = make([300], heads=2, gate="none", device=device)
+    x.k[:] = x.k[:, :1]
+    for found, true in zip(long_reference(x), reference(x)):
+        assert error(found, true) <= 1e-12

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "sharing.h"
+
 namespace flash_kda::sm90 {
 
 constexpr int kDim = 128;     // K and V: channels of keys and of values
@@ -11,32 +13,34 @@ constexpr int kHalf = 64;     // channels in a 128-byte swizzled row
 constexpr int kHalves = kDim / kHalf;
 constexpr int kBlocks = kDim / 16;   // of 16 channels, the K of an mma
 
-// Roles. Prepare is one warp a chunk: nothing is exchanged between warps and no barrier met, and eight of them hide each other's
-// latencies. The recurrence splits V: rows of the state never mix, so its two warpgroups need no word with each other either.
+// Roles of a CTA's warps, in this order. The recurrence splits V: rows of the state never mix, so each CTA of a pair has its half of a
+// chain's state, in one warpgroup. Both halves want the same factors: the CTAs prepare chunks in turn, and each mails what it prepares to
+// the other one. Prepare is two warps a chunk, a half of the key channels each. Loaders are single warps.
 constexpr int kWarpgroup = 128;
-constexpr int kPrepareGroups = 2;
-constexpr int kPrepareWarps = kPrepareGroups * 4;   // take chunks in turn
-constexpr int kRecurrenceGroups = kHalves;          // kHalf value channels each
-constexpr int kRecurrenceWarps = kRecurrenceGroups * 4;
-constexpr int kThreads = (kPrepareWarps + kRecurrenceWarps) * 32;
+constexpr int kRecurrenceWarps = 4, kPrepareWarps = 8, kLoadWarps = 4;
+constexpr int kCtaThreads = (kRecurrenceWarps + kPrepareWarps + kLoadWarps) * 32;
+constexpr int kTeam = kHalves, kTeams = kPrepareWarps / kTeam;
+constexpr int kStateRegisters = kHalf * kDim / kWarpgroup;   // of a recurrence thread
 
-// Registers a thread. A launch gives every thread the same; then prepare hands some to the recurrence, which holds a [64, 128]
+// Registers a thread. A launch gives every thread the same; then loaders hand most of theirs to the others. The recurrence holds a [64, 128]
 // fp32 state and its bf16 copy.
-constexpr int kLaunchRegisters = 65536 / kThreads;
-constexpr int kPrepareRegisters = 104;
-constexpr int kRecurrenceRegisters = 152;
-static_assert(kPrepareGroups * kPrepareRegisters + kRecurrenceGroups * kRecurrenceRegisters <=
-              (kPrepareGroups + kRecurrenceGroups) * kLaunchRegisters);
+constexpr int kLaunchRegisters = 65536 / kCtaThreads;
+constexpr int kRecurrenceRegisters = 176, kPrepareRegisters = 144, kLoadRegisters = 48;
+static_assert(kRecurrenceWarps * kRecurrenceRegisters + kPrepareWarps * kPrepareRegisters + kLoadWarps * kLoadRegisters <=
+              kLaunchRegisters * kCtaThreads / 32);
 
-// Chunks in shared memory: those being loaded or prepared, one a warp, and a few ready for the recurrence.
-constexpr int kStages = kPrepareWarps + 3;
+// Chunks in shared memory. A CTA's own: being loaded, being prepared (one a team), or ready. Ready ones from the other CTA. And values of
+// both. Powers of two: a chunk's places follow from its number.
+constexpr int kOwnStages = 8, kMailStages = 4, kStages = kOwnStages + kMailStages, kValueStages = 8;
+constexpr int kChains = 16;   // scheduled ahead
 
 // Powers of two that keep products as small as e^-80 and as large as e^80 inside bf16 and fp32, whatever sensible length keys, values
-// and states have. They are exact, and meet only in [16]-vectors: kd and qd are held 2^kShift too large and ki as much too small, the
+// and states have. They are exact, and meet only in [16]-vectors: kd and qd are held 2^kShift too large, ki and kr as much too small, the
 // residual R 2^kShift too small and the state 4^kShift too small.
 constexpr int kShift = 16;
 constexpr float kShiftUp = 1 << kShift;
 constexpr float kStateUp = kShiftUp * kShiftUp;
+constexpr float kGateUp = 1 << 10;   // gates are summed in fp16, whose subnormals begin at 2^-14
 
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kNormEpsilon = 1e-6f;

@@ -1,45 +1,79 @@
-// The fused forward kernel: one CTA carries one head of one sequence from its first token to its last.
+// The fused forward kernel: raw tensors in, outputs and states out.
 #pragma once
 
+#include <type_traits>
+
 #include "kernel_params.h"
+#include "load.cuh"
 #include "prepare.cuh"
 #include "ptx.h"
 #include "recurrence.cuh"
+#include "schedule.cuh"
+#include "segments.cuh"
 #include "smem.h"
 
 namespace flash_kda::sm90 {
 
-// For the half of t that stays zero.
-__device__ void clear_small_factors(SharedStorage& smem) {
-    static_assert(sizeof(smem.small) % sizeof(uint4) == 0);
-    for (int i = threadIdx.x; i < static_cast<int>(sizeof(smem.small) / sizeof(uint4)); i += kThreads)
-        reinterpret_cast<uint4*>(smem.small)[i] = {};
+// By one thread.
+__device__ __forceinline__ void init_barriers(SharedStorage& smem) {
+    const auto init = [](uint64_t* barriers, int count, int arrivals) {
+        for (int i = 0; i < count; ++i)
+            mbarrier_init(barriers[i], arrivals);
+    };
+    init(smem.chains_ready, kChains, 1);
+    init(smem.chains_empty, kChains, kCtaThreads / 32 - 1);
+    init(smem.loaded, kOwnStages, 1);
+    init(smem.ready, kOwnStages, kTeam);
+    init(smem.ready + kOwnStages, kMailStages, 1);
+    init(smem.empty, kOwnStages, kPair * kRecurrenceWarps);
+    init(smem.free, kMailStages, kRecurrenceWarps);
+    init(smem.values_loaded, kValueStages, 1);
+    init(smem.values_empty, kValueStages, kRecurrenceWarps);
+    fence_mbarrier_init();
+}
+
+// For what stays zero: half of t, a quarter of minus_t.
+template <class T, int kCount>
+__device__ inline void clear(T (&to)[kCount]) {
+    static_assert(sizeof(to) % sizeof(uint4) == 0);
+    for (int i = threadIdx.x; i < static_cast<int>(sizeof(to) / sizeof(uint4)); i += kCtaThreads)
+        reinterpret_cast<uint4*>(to)[i] = {};
     fence_async_proxy();
 }
 
-__global__ void __launch_bounds__(kThreads, 1) fwd_kernel(const __grid_constant__ KernelParams p) {
-    SharedStorage& smem = *static_cast<SharedStorage*>(dynamic_shared_memory());
-    if (threadIdx.x == 0) {
-        for (int s = 0; s < kStages; ++s) {
-            mbarrier_init(smem.loaded[s], 1);
-            mbarrier_init(smem.ready[s], 1);
-            mbarrier_init(smem.empty[s], kRecurrenceWarps);
-        }
-        fence_mbarrier_init();
-    }
-    Preparer::fill_gate_offset(p, find_chain(p, blockIdx.x), smem);
-    clear_small_factors(smem);
-    __syncthreads();
+template <Sharing kSharing>
+__global__ void __launch_bounds__(kCtaThreads, 1) fwd_kernel(const __grid_constant__ KernelParams p) {
+    static_assert(sizeof(SharedStorage) <= 227 * 1024);
+    auto& smem = *static_cast<SharedStorage*>(dynamic_shared_memory());
+    if (threadIdx.x == 0)
+        init_barriers(smem);
+    clear(smem.small);
+    clear(smem.scratch);
+    clear(smem.zeros);
+    if constexpr (kSharing == Sharing::kSpans)
+        find_span(p, smem.span);
+    sync_cluster();
 
-    // Each role finds the chain for itself: carried across the branch, one register of it was spilled.
-    const int warpgroup = threadIdx.x / kWarpgroup;
-    if (warpgroup < kPrepareGroups) {
-        give_back_registers<kPrepareRegisters>();
-        prepare_chain(p, find_chain(p, blockIdx.x), smem, threadIdx.x / 32);
-    } else {
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);   // the compiler sees that lanes agree
+    if (warp < kRecurrenceWarps) {
         take_registers<kRecurrenceRegisters>();
-        recur_chain(p, find_chain(p, blockIdx.x), smem, warpgroup - kPrepareGroups);
+        recur_chains<kSharing>(p, smem);
+    } else if (warp < kRecurrenceWarps + kPrepareWarps) {
+        take_registers<kPrepareRegisters>();
+        prepare_chunks<kSharing>(p, smem, warp - kRecurrenceWarps);
+    } else {
+        give_back_registers<kLoadRegisters>();
+        const int load_warp = warp - kRecurrenceWarps - kPrepareWarps;
+        if (load_warp == 0)
+            load_chunks<kSharing>(p, smem);
+        else if (load_warp == 1)
+            load_values<kSharing>(p, smem);
+        else if (load_warp == 2)
+            mail_chunks(smem);
+        else
+            schedule_chains<std::conditional_t<kSharing == Sharing::kSegments, SegmentWalk, SpanWalk>>(p, smem);
     }
+    sync_cluster();   // the other CTA may still speak to this one's shared memory
 }
 
 }  // namespace flash_kda::sm90

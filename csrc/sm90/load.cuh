@@ -1,25 +1,142 @@
-// A chunk's way from global memory into its stage, by the copy engine.
+// Load and mail: single warps that ask the copy engine for what the others will need, as far ahead as there is room.
 #pragma once
 
 #include "kernel_params.h"
 #include "ptx.h"
+#include "ring.h"
+#include "schedule.cuh"
+#include "segments.cuh"
 #include "smem.h"
 #include "tma.h"
 
 namespace flash_kda::sm90 {
 
-// Called by one thread. Rows past the tensor arrive as zeros; rows past the sequence are its neighbour's, and are cleared
-// before anything looks at them.
+// k, q and g of a chunk. Called by one thread. Rows past the tensor arrive as zeros; rows past the sequence are its neighbour's, and are
+// cleared before anything looks at them.
+template <Sharing kSharing>
 __device__ __forceinline__ void load_chunk(const KernelParams& p, const Chain& chain, int chunk, Stage& stage, uint64_t& loaded) {
+    constexpr bool kOnce = kSharing == Sharing::kSpans;
     const int row = static_cast<int>(chain.first_row) + chunk * kChunk, head = static_cast<int>(chain.head);
-    const auto load = [&](const CUtensorMap& map, HalfTile& to, int half) { load_box(map, loaded, to, row, half, head); };
-    mbarrier_arrive_expect_bytes(loaded, sizeof(Stage));
+    const bool outputs = kOnce || has_outputs(chain);
+    mbarrier_arrive_expect_bytes(loaded, sizeof(Stage) - (outputs ? 0 : kHalves * kHalfTileBytes));
+    load_box<kOnce>(p.g, loaded, stage.g[0], row, 0, head);   // both halves at once
     for (int half = 0; half < kHalves; ++half) {
-        load(p.k, stage.kq[half][0], half);
-        load(p.q, stage.kq[half][1], half);
+        load_box<kOnce>(p.k, loaded, stage.kq[half][0], row, half, head);
+        if (outputs)
+            load_box<kOnce>(p.q, loaded, stage.kq[half][1], row, half, head);
     }
-    load(p.g, stage.g[0], 0);   // both halves at once
-    load(p.v, stage.v[0], 0);
+}
+
+// What this CTA prepares: every other chunk, counted through all its chains; before a replay, its half of the summaries.
+template <Sharing kSharing>
+__device__ __forceinline__ void load_chunks(const KernelParams& p, SharedStorage& smem) {
+    const uint32_t rank = blockIdx.x % kPair;
+    uint32_t number = 0, pieces = 0, begun = 0;   // of the chunks that this CTA prepares; of summaries; chunks of both CTAs before this chain
+    const auto await_stage = [&]() -> uint32_t {
+        const Turn<kOwnStages> own(number + pieces);
+        mbarrier_wait(smem_address(&smem.empty[own.slot]), own.parity ^ 1);   // passes in the first turn
+        return own.slot;
+    };
+    for (uint32_t n = 0; const Chain* next = await_chain(smem, n); give_back_chain(smem, n++)) {
+        const Chain& chain = *next;
+        if constexpr (kSharing == Sharing::kSegments) {
+            for (int s = 1; s <= chain.compositions; ++s) {
+                await_summary(chain, p.workspace.ticket, s);
+                for (int piece = 0; piece < kSummaryPieces; ++piece, ++pieces) {
+                    const uint32_t slot = await_stage();
+                    if (elect_one())
+                        load_summary_piece(chain, s, piece, smem.stages[slot], smem.ready[slot]);
+                }
+            }
+        }
+        const int chunks = chain.chunks();
+        for (int chunk = (begun ^ rank) & 1; chunk < chunks; chunk += kPair, ++number) {
+            const uint32_t slot = await_stage();
+            if (elect_one())
+                load_chunk<kSharing>(p, chain, chunk, smem.stages[slot], smem.loaded[number % kOwnStages]);
+        }
+        begun += chunks;
+    }
+}
+
+// What is prepared here, for the other CTA of the pair: once it is ready here, and there is room there.
+__device__ inline void mail_chunks(SharedStorage& smem) {
+    const uint32_t rank = blockIdx.x % kPair;
+    uint32_t number = 0, pieces = 0, begun = 0;
+    const auto there = [&](const void* here) { return address_in_cta(smem_address(here), 1 - rank); };
+    const auto await_stage = [&]() -> uint32_t {
+        const Turn<kOwnStages> own(number + pieces);
+        mbarrier_wait(smem_address(&smem.ready[own.slot]), own.parity);
+        return own.slot;
+    };
+    for (uint32_t n = 0; const Chain* next = await_chain(smem, n); give_back_chain(smem, n++)) {
+        const Chain& chain = *next;
+        for (int n = chain.compositions * kSummaryPieces; n > 0; --n, ++pieces)
+            await_stage();   // not to be mailed, but every turn must be seen
+        const int chunks = chain.chunks();
+        for (int chunk = (begun ^ rank) & 1; chunk < chunks; chunk += kPair, ++number) {
+            const uint32_t slot = await_stage();
+            const Turn<kMailStages> mail(number);
+            mbarrier_wait(smem_address(&smem.free[mail.slot]), mail.parity ^ 1);   // passes in the first turn
+            if (elect_one()) {
+                const uint32_t to = kOwnStages + mail.slot, landed = there(&smem.ready[to]);
+                mbarrier_arrive_expect_bytes_in_cluster(landed, sizeof(Stage) + sizeof(SmallFactors));
+                bulk_push(there(&smem.stages[to]), &smem.stages[slot], sizeof(Stage), landed);
+                bulk_push(there(&smem.small[to]), &smem.small[slot], sizeof(SmallFactors), landed);
+            }
+        }
+        begun += chunks;
+    }
+}
+
+// A tail's values, whose rows past the sequence are zero: its neighbour's may be no numbers. Called by all lanes.
+__device__ __forceinline__ void copy_tail(const bf16* v, int64_t row_stride, int valid, HalfTile& to) {
+    const int lane = threadIdx.x % 32, unit = lane % 8;
+    for (int row = lane / 8; row < kChunk; row += 32 / 8) {
+        const uint4 x = row < valid ? reinterpret_cast<const uint4*>(v + row * row_stride)[unit] : uint4{};
+        store_shared_16_bytes(smem_address(&to) + row * 128 + ((unit ^ row % 8) << 4), {x.x, x.y, x.z, x.w});
+    }
+    fence_async_proxy();   // next to write there is the copy engine
+    __syncwarp();
+}
+
+// This CTA's half of the state that a chain begins with comes closer before the recurrence gets there.
+__device__ __forceinline__ void prefetch_state(const KernelParams& p, const Chain& chain) {
+    if (chain.from != From::kInitialState || p.initial_state == nullptr)
+        return;
+    const int bytes = kHalf * kDim * (p.state_is_fp32 ? 4 : 2);
+    bulk_prefetch(static_cast<const char*>(p.initial_state) + (chain.state_offset / (kHalf * kDim) + blockIdx.x % kPair) * bytes, bytes);
+}
+
+// The values of this CTA's half of the channels, of all chunks.
+template <Sharing kSharing>
+__device__ __forceinline__ void load_values(const KernelParams& p, SharedStorage& smem) {
+    constexpr bool kOnce = kSharing == Sharing::kSpans;
+    const int half = blockIdx.x % kPair;
+    uint32_t number = 0;
+    for (uint32_t n = 0; const Chain* next = await_chain(smem, n); give_back_chain(smem, n++)) {
+        const Chain& chain = *next;
+        if (elect_one())
+            prefetch_state(p, chain);
+        if (!has_values(chain))
+            continue;
+        const int chunks = chain.chunks();
+        for (int chunk = 0; chunk < chunks; ++chunk, ++number) {
+            const Turn<kValueStages> turn(number);
+            uint64_t& loaded = smem.values_loaded[turn.slot];
+            HalfTile& to = smem.values[turn.slot];
+            mbarrier_wait(smem_address(&smem.values_empty[turn.slot]), turn.parity ^ 1);
+            const int64_t row = chain.first_row + chunk * kChunk;
+            if (const int valid = chain.length - chunk * kChunk; valid < kChunk) {
+                copy_tail(p.v + (row * p.heads + chain.head) * kDim + half * kHalf, static_cast<int64_t>(p.heads) * kDim, valid, to);
+                if (elect_one())
+                    mbarrier_arrive(smem_address(&loaded));
+            } else if (elect_one()) {
+                mbarrier_arrive_expect_bytes(loaded, kHalfTileBytes);
+                load_box<kOnce>(p.v_map, loaded, to, static_cast<int>(row), half, static_cast<int>(chain.head));
+            }
+        }
+    }
 }
 
 }  // namespace flash_kda::sm90

@@ -3,42 +3,50 @@
 //
 //   [R | O]' = S_b [-W | qd]' + v' [T | 0]'      one chain of m64n32k16
 //   O'      += R' Z'                              one m64n16k16
-//   S        = (S + R' ki) diag(E)                one m64n128k16
+//   S        = S diag(E) + R' kr                  one m64n128k16; S decays while the first products run
 #pragma once
+
+#include <cstddef>
+#include <type_traits>
 
 #include "kernel_params.h"
 #include "ptx.h"
 #include "ring.h"
+#include "schedule.cuh"
+#include "segments.cuh"
 #include "smem.h"
 #include "wgmma.h"
 
 namespace flash_kda::sm90 {
 
-constexpr int kStateRegisters = kHalf * kDim / kWarpgroup;
-
 // A lane's share of its warp's 16 rows of the state: rows r and r + 8, and of every 8 key channels 2 c and 2 c + 1.
 // `visit` gets the index of the first of two neighbouring elements and of the first of the two registers that hold them.
 template <class Visit>
-__device__ __forceinline__ void for_each_state_pair(int row, int c, Visit visit) {
+__device__ __forceinline__ void for_each_state_pair(int half, Visit visit) {
+    const int thread = thread_index() % kWarpgroup, row = half * kHalf + thread / 32 * 16 + thread % 32 / 4, c = thread % 4;
     for (int j = 0; j < kDim / 8; ++j)
         for (int h = 0; h < 2; ++h)
             visit((row + 8 * h) * kDim + 8 * j + 2 * c, 4 * j + 2 * h);
 }
 
-__device__ __forceinline__ void load_state(const KernelParams& p, const Chain& chain, int row, int c, float (&S)[kStateRegisters]) {
+__device__ __forceinline__ void clear_state(float (&S)[kStateRegisters]) {
+    for (float& x : S)
+        x = 0.0f;
+}
+
+__device__ __forceinline__ void load_state(const KernelParams& p, const Chain& chain, int half, float (&S)[kStateRegisters]) {
     if (p.initial_state == nullptr) {
-        for (float& x : S)
-            x = 0.0f;
+        clear_state(S);
     } else if (p.state_is_fp32) {
         const float* state = static_cast<const float*>(p.initial_state) + chain.state_offset;
-        for_each_state_pair(row, c, [&](int element, int reg) {
+        for_each_state_pair(half, [&](int element, int reg) {
             const float2 x = *reinterpret_cast<const float2*>(state + element);
             S[reg] = x.x;
             S[reg + 1] = x.y;
         });
     } else {
         const bf16* state = static_cast<const bf16*>(p.initial_state) + chain.state_offset;
-        for_each_state_pair(row, c, [&](int element, int reg) {
+        for_each_state_pair(half, [&](int element, int reg) {
             const uint32_t x = *reinterpret_cast<const uint32_t*>(state + element);
             S[reg] = low_bf16(x);
             S[reg + 1] = high_bf16(x);
@@ -46,146 +54,266 @@ __device__ __forceinline__ void load_state(const KernelParams& p, const Chain& c
     }
 }
 
-__device__ __forceinline__ void store_state(const KernelParams& p, const Chain& chain, int row, int c, const float (&S)[kStateRegisters]) {
+__device__ __forceinline__ void store_state(const KernelParams& p, const Chain& chain, int half, const float (&S)[kStateRegisters]) {
     if (p.final_state == nullptr)
         return;
     if (p.state_is_fp32) {
         float* state = static_cast<float*>(p.final_state) + chain.state_offset;
-        for_each_state_pair(row, c, [&](int element, int reg) {
+        for_each_state_pair(half, [&](int element, int reg) {
             *reinterpret_cast<float2*>(state + element) = {S[reg], S[reg + 1]};
         });
     } else {
         bf16* state = static_cast<bf16*>(p.final_state) + chain.state_offset;
-        for_each_state_pair(row, c, [&](int element, int reg) {
+        for_each_state_pair(half, [&](int element, int reg) {
             *reinterpret_cast<uint32_t*>(state + element) = pack_bf16(S[reg], S[reg + 1]);
         });
     }
 }
 
-// v' of the warp's 16 value channels, as an A operand [16 channels, 16 tokens].
-__device__ __forceinline__ void load_v(const HalfTile& tile, int warp, int lane, uint32_t (&v)[4]) {
-    uint32_t x[4];
-    ldmatrix_x4_trans(x, smem_address(&tile) + lane % 16 * 128 + (((2 * warp + lane / 16) ^ (lane % 8)) << 4));
-    v[0] = x[0];   // transposing the block swaps its off-diagonal quarters
-    v[1] = x[2];
-    v[2] = x[1];
-    v[3] = x[3];
+// The other half of a cut chain's state, between CTAs; nobody but the same warp of the neighbour waits for a warp's part.
+__device__ __forceinline__ void leave_state(Handover& handover, uint64_t ticket, int half, const float (&S)[kStateRegisters]) {
+    const int thread = thread_index() % kWarpgroup;
+    for (int i = 0; i < kStateRegisters / 4; ++i)
+        handover.state[half][i][thread] = {S[4 * i], S[4 * i + 1], S[4 * i + 2], S[4 * i + 3]};
+    __threadfence();
+    __syncwarp();
+    if (thread % 32 == 0)
+        store_release(&handover.left[half * 4 + thread / 32], ticket);
+}
+
+__device__ __forceinline__ void set_identity(int half, float (&S)[kStateRegisters]) {
+    for_each_state_pair(half, [&](int element, int reg) {
+        S[reg] = element % (kDim + 1) == 0 ? 1.0f : 0.0f;
+        S[reg + 1] = (element + 1) % (kDim + 1) == 0 ? 1.0f : 0.0f;
+    });
+}
+
+// A state without tokens keeps its bits on its way through.
+__device__ __forceinline__ bool passes_through(const Chain& chain) {
+    return chain.length == 0 && chain.from == From::kInitialState && chain.to == To::kFinalState;
+}
+
+// Rather than kStateUp times too small.
+__device__ __forceinline__ bool in_user_units(const Chain& chain) {
+    return (chain.from == From::kInitialState || chain.from == From::kIdentity) && !passes_through(chain);
+}
+
+// v' of the warp's 16 value channels, as an A operand [16 channels, 16 tokens]. Transposing swaps a block's off-diagonal quarters, so
+// lanes 8 to 23 ask for them the other way round.
+__device__ __forceinline__ uint32_t v_offset(int warp, int lane) {
+    const int token = lane % 8 + lane / 16 * 8, unit = 2 * warp + lane / 8 % 2;
+    return token * 128 + ((unit ^ (token % 8)) << 4);
 }
 
 // Takes O' [16 value channels, 16 tokens] of one warp to out [tokens, 16 value channels]: through shared memory, where the warp
 // alone transposes it, so that no other warp is waited for and each token's 32 bytes leave as one full sector.
 class OutputWriter {
 public:
-    __device__ OutputWriter(bf16* patch, bf16* out, int64_t row_stride, int lane) : token(lane / 2), chunk_stride(kChunk * row_stride) {
+    __device__ OutputWriter(bf16* patch, int64_t row_stride, int lane)
+        : token(lane / 2), chunk_stride(kChunk * row_stride), lane_offset(token * row_stride + lane % 2 * 8) {
         // 16-byte unit u of token t lies at u ^ (t / 4 % 2): eight rows of 32 bytes then meet all banks.
         const auto unit = [&](int t, int u) { return smem_address(patch) + (2 * t + (u ^ (t / 4 % 2))) * 16; };
-        store_address = unit(lane % 8 + lane / 16 * 8, lane / 8 % 2);
-        load_address = unit(token, lane % 2);
-        destination = out + token * row_stride + lane % 2 * 8;
+        store_address = resident(unit(lane % 8 + lane / 16 * 8, lane / 8 % 2));
+        load_address = resident(unit(token, lane % 2));
     }
 
-    // The next chunk's output, as bf16 pairs in accumulator order; of its tokens only the first `valid` are written.
-    __device__ __forceinline__ void write(const uint32_t (&O)[4], int valid) {
+    // To a chain's first token, less a chunk: `store` is called once more than there are chunks.
+    __device__ __forceinline__ void seek(bf16* out) { destination = out + lane_offset - chunk_stride; }
+
+    // The next chunk's output, as bf16 pairs in accumulator order, and the lane's unit of it. What comes back is for `store`, a little later.
+    __device__ __forceinline__ uint4 transpose(const uint32_t (&O)[4]) const {
         __syncwarp();   // the previous chunk's patch has been read
         stmatrix_x4_trans(store_address, O);
         __syncwarp();
-        const uint4 x = load_shared_16_bytes(load_address);
+        return load_shared_16_bytes(load_address);
+    }
+
+    // Only the first `valid` tokens.
+    __device__ __forceinline__ void store(const uint4& x, int valid) {
         if (token < valid)
             *reinterpret_cast<uint4*>(destination) = x;
         destination += chunk_stride;
     }
 
 private:
-    const int token;
-    const int64_t chunk_stride;
+    int token;
+    int64_t chunk_stride, lane_offset;
     uint32_t store_address, load_address;
     bf16* destination;
 };
 
-__device__ __forceinline__ void recur_chain(const KernelParams& p, const Chain& chain, SharedStorage& smem, int group) {
-    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-    const int c = lane % 4;
-    const int value_channel = group * kHalf + warp * 16;
-    const int64_t row_stride = static_cast<int64_t>(p.heads) * kDim;
-    OutputWriter writer(smem.out[group * 4 + warp], p.out + chain.first_row * row_stride + chain.head * kDim + value_channel, row_stride,
-                        lane);
+template <Sharing kSharing>
+__device__ __forceinline__ void recur_chains(const KernelParams& p, SharedStorage& smem) {
+    constexpr bool kSegments = kSharing == Sharing::kSegments;
+    const auto rank = [] { return static_cast<int>(blockIdx.x % kPair); };   // and half of the value channels
+    Handover* const behind_span = p.workspace.handovers + blockIdx.x / kPair;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, c = lane % 4;
+    const uint32_t base = resident(smem_address(&smem));
+    const auto address = [&](const void* of) -> uint32_t {
+        return base + static_cast<uint32_t>(static_cast<const char*>(of) - reinterpret_cast<const char*>(&smem));
+    };
+    struct Places {
+        OutputWriter writer;
+        uint32_t v, e, out_scale;   // of stage 0; the others follow at even distances
+    };
+    const auto find_places = [&](bool values) {
+        return Places{OutputWriter(smem.out[warp], static_cast<int64_t>(p.heads) * kDim, lane),
+                      resident(values ? smem_address(smem.values) + v_offset(warp, lane) : smem_address(smem.zeros)),
+                      resident(smem_address(smem.small[0].e[c])), resident(smem_address(smem.small[0].out_scale) + c * 8)};
+    };
+    Places places = find_places(true);
+    // Here and below the reductions tell the compiler that lanes agree; uniform registers then hold what says where things are.
+    const uint32_t stages_sixteenth = __reduce_max_sync(~0u, in_sixteenths(smem_address(smem.stages)));
+    const uint32_t small_sixteenth = __reduce_max_sync(~0u, in_sixteenths(smem_address(smem.small)));
 
-    float S[kStateRegisters];
-    load_state(p, chain, value_channel + lane / 4, c, S);
-    if (chain.length > 0)   // a state that only passes through keeps its bits
-        for (float& x : S)
-            x /= kStateUp;
+    const uint32_t empty_here = resident(address_in_cta(smem_address(smem.empty), rank()));
+    const uint32_t empty_there = resident(address_in_cta(smem_address(smem.empty), 1 - rank()));
+    const uint32_t first_lane = resident<uint32_t>(lane == 0);
+    const uint32_t free_there = resident(address_in_cta(smem_address(smem.free), 1 - rank()));
+    const auto release_piece = [&](uint32_t slot) {   // nobody there has it: a lane here stands in for a warp there
+        __syncwarp();
+        mbarrier_arrive_in_cluster(empty_here + slot * 8, lane < kPair);
+    };
 
-    RingCursor<kStages> ring;
-    uint32_t O[4];   // of the previous chunk, whose way out is hidden behind this chunk's products
-    const int chunks = chain.chunks();
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-        uint32_t S_b[kStateRegisters / 2];
-        for (int i = 0; i < kStateRegisters / 2; ++i)
-            S_b[i] = pack_bf16(S[2 * i], S[2 * i + 1]);
-
-        mbarrier_wait(smem.ready[ring.slot], ring.phase);
-        const Stage& stage = smem.stages[ring.slot];
-        const SmallFactors& small = smem.small[ring.slot];
-        uint32_t v[4];
-        load_v(stage.v[group], warp, lane, v);   // landed before the chunk was prepared
-
-        const MatrixDescriptor t = matrix_descriptor(small.t, LayoutType::INTERLEAVE, kTColumnBytes, 128);
-        const MatrixDescriptor w = matrix_descriptor(stage.kq, LayoutType::B128, 0, 8 * 128);
-        const MatrixDescriptor z = matrix_descriptor(small.z, LayoutType::INTERLEAVE, kZColumnBytes, 128);
-        const MatrixDescriptor ki = matrix_descriptor(stage.g, LayoutType::B128, kHalfTileBytes, 8 * 128);
-
-        float RO[16];   // R in the first half, O in the second
-        fence_operands(RO);
-        cute::warpgroup_arrive();
-        wgmma<StepAtom>(RO, v, t, ScaleOut::Zero);
-        for (int s = 0; s < kBlocks; ++s)   // 16 channels are 32 bytes of a swizzled row
-            wgmma<StepAtom>(RO, S_b + 4 * s, w + ((s / 4 * 2 * kHalfTileBytes + s % 4 * 32) >> 4));
-        cute::warpgroup_commit_batch();
-
-        if (chunk > 0)
-            writer.write(O, kChunk);
-
-        cute::warpgroup_wait<0>();
-        fence_operands(RO);
-        uint32_t R[4];
-        float O_new[8];
-        for (int i = 0; i < 4; ++i)
-            R[i] = pack_bf16(RO[2 * i], RO[2 * i + 1]);
-        for (int i = 0; i < 8; ++i)
-            O_new[i] = RO[8 + i];
-        fence_operands(O_new);
-        cute::warpgroup_arrive();
-        wgmma<UpdateAtom>(S, R, ki);
-        wgmma<OutputAtom>(O_new, R, z);
-        cute::warpgroup_commit_batch();
-        float4 e[kDim / 16];
-        for (int j = 0; j < kDim / 16; ++j)
-            e[j] = *reinterpret_cast<const float4*>(&small.e[c][4 * j]);
-        const float2 scale_low = *reinterpret_cast<const float2*>(&small.out_scale[2 * c]);
-        const float2 scale_high = *reinterpret_cast<const float2*>(&small.out_scale[2 * c + 8]);
-        cute::warpgroup_wait<0>();
-        fence_operands(S);
-        fence_operands(O_new);
-        for (int j = 0; j < kDim / 16; ++j) {
-            S[8 * j] *= e[j].x, S[8 * j + 1] *= e[j].y, S[8 * j + 2] *= e[j].x, S[8 * j + 3] *= e[j].y;
-            S[8 * j + 4] *= e[j].z, S[8 * j + 5] *= e[j].w, S[8 * j + 6] *= e[j].z, S[8 * j + 7] *= e[j].w;
+    uint32_t number = 0, pieces = 0, values_number = 0;   // chunks, pieces of summaries and chunks with values so far
+    for (uint32_t n = 0; const Chain* next = await_chain(smem, n); give_back_chain(smem, n++)) {
+        const Chain& chain = *next;
+        float S[kStateRegisters];
+        bool output = true, values = true;
+        if constexpr (kSegments) {
+            if (chain.from == From::kSummaries) {
+                compose(p, smem, chain, (number + 1 - rank()) / kPair + pieces, release_piece, S);
+                pieces += chain.compositions * kSummaryPieces;
+            }
+            values = __any_sync(~0u, has_values(chain));
+            places = find_places(values);   // a composition leaves them no registers
+            output = has_outputs(chain);
         }
-        for (int i = 0; i < 2; ++i) {
-            O[i] = pack_bf16(O_new[2 * i] * scale_low.x, O_new[2 * i + 1] * scale_low.y);
-            O[2 + i] = pack_bf16(O_new[4 + 2 * i] * scale_high.x, O_new[5 + 2 * i] * scale_high.y);
+        if (chain.from == From::kInitialState)
+            load_state(p, chain, rank(), S);
+        else if (!kSegments)
+            fetch_state(behind_span[-1], p.workspace.ticket, 1, rank(), S);
+        else if (chain.from == From::kIdentity)
+            set_identity(rank(), S);
+        else if (chain.from == From::kZero)
+            clear_state(S);
+        if (in_user_units(chain))
+            for (float& x : S)
+                x /= kStateUp;
+        places.writer.seek(p.out + (chain.first_row * p.heads + chain.head) * kDim + rank() * kHalf + warp * 16);
+        uint32_t O[4] = {};      // of the previous chunk, whose way out is hidden behind this chunk's products,
+        int to_store = 0;        // and how many of its tokens are wanted
+        const int full = !kSegments || output ? kChunk : 0;
+        const int chunks = __reduce_max_sync(~0u, chain.chunks());
+        number = __reduce_max_sync(~0u, number);
+        pieces = __reduce_max_sync(~0u, pieces);
+        values_number = __reduce_max_sync(~0u, values_number);
+
+        // A chunk prepared here or there, and its values. To ask early whether they have come hides what the question takes.
+        const auto ready_at = [&](bool here, uint32_t n, uint32_t& parity) -> uint32_t {
+            const Turn<kOwnStages> own(n / kPair + pieces);
+            const Turn<kMailStages> mail(n / kPair);
+            parity = here ? own.parity : mail.parity;
+            return address(smem.ready) + (here ? own.slot : kOwnStages + mail.slot) * 8;
+        };
+        bool is_ready = false, has_come = false;
+        const auto step = [&](auto prepared_here) {
+            constexpr bool kHere = prepared_here;
+            const Turn<kOwnStages> own(number / kPair + pieces);   // here or there
+            const Turn<kMailStages> mail(number / kPair);
+            const Turn<kValueStages> values_turn(values_number);
+            const uint32_t slot = kHere ? own.slot : kOwnStages + mail.slot;
+            uint32_t S_b[kStateRegisters / 2];
+            for (int i = 0; i < kStateRegisters / 2; ++i)
+                S_b[i] = pack_bf16(S[2 * i], S[2 * i + 1]);
+            uint32_t v[4];
+            if ((!kSegments || values) && !has_come)
+                mbarrier_wait(address(smem.values_loaded) + values_turn.slot * 8, values_turn.parity);
+            ldmatrix_x4_trans(v, places.v + (!kSegments || values ? values_turn.slot * kHalfTileBytes : 0));
+            if (!is_ready)
+                mbarrier_wait(address(smem.ready) + slot * 8, kHere ? own.parity : mail.parity);
+
+            const uint32_t stage_sixteenth = stages_sixteenth + slot * (sizeof(Stage) / 16), small = slot * sizeof(SmallFactors);
+            const uint32_t factors_sixteenth = small_sixteenth + small / 16;
+            const MatrixDescriptor w = matrix_descriptor(stage_sixteenth + offsetof(Stage, kq) / 16, Swizzle::k128Bytes, 0, 8 * 128);
+            const MatrixDescriptor kr = matrix_descriptor(stage_sixteenth + offsetof(Stage, g) / 16, Swizzle::k128Bytes, kHalfTileBytes, 8 * 128);
+            const MatrixDescriptor t = matrix_descriptor(factors_sixteenth + offsetof(SmallFactors, t) / 16, Swizzle::kNone, kTColumnBytes, 128);
+            const MatrixDescriptor z = matrix_descriptor(factors_sixteenth + offsetof(SmallFactors, z) / 16, Swizzle::kNone, kZColumnBytes, 128);
+            float RO[16];   // R in the first half, O in the second
+            fence_operands(RO);
+            cute::warpgroup_arrive();
+            wgmma<StepAtom>(RO, v, t, ScaleOut::Zero);
+            for (int s = 0; s < kBlocks; ++s)   // 16 channels are 32 bytes of a swizzled row
+                wgmma<StepAtom>(RO, S_b + 4 * s, w + ((s / 4 * 2 * kHalfTileBytes + s % 4 * 32) >> 4));
+            cute::warpgroup_commit_batch();
+
+            const uint4 out = places.writer.transpose(O);
+            float4 e[kDim / 16];   // loaded no sooner: the compiler would let S decay between the products
+            for (int j = 0; j < kDim / 16; ++j)
+                e[j] = load_shared_float4(places.e + small + j * 16);
+            for (int j = 0; j < kDim / 16; ++j) {
+                float* const s = S + 8 * j;
+                s[0] *= e[j].x, s[1] *= e[j].y, s[2] *= e[j].x, s[3] *= e[j].y, s[4] *= e[j].z, s[5] *= e[j].w, s[6] *= e[j].z, s[7] *= e[j].w;
+            }
+            fence_operands(S);   // before, not after, the wait
+            cute::warpgroup_wait<0>();
+            fence_operands(RO);
+            uint32_t R[4];
+            float O_new[8];
+            for (int i = 0; i < 4; ++i)
+                R[i] = pack_bf16(RO[2 * i], RO[2 * i + 1]);
+            for (int i = 0; i < 8; ++i)
+                O_new[i] = RO[8 + i];
+            fence_operands(O_new);
+            cute::warpgroup_arrive();
+            wgmma<UpdateAtom>(S, R, kr);
+            wgmma<OutputAtom>(O_new, R, z);
+            cute::warpgroup_commit_batch();
+            const float2 scale_low = load_shared_float2(places.out_scale + small), scale_high = load_shared_float2(places.out_scale + small + 32);
+            places.writer.store(out, to_store);
+            to_store = full;
+            ++number;
+            values_number += !kSegments || values;
+            uint32_t parity;
+            const uint32_t next_ready = ready_at(!kHere, number, parity);
+            is_ready = mbarrier_test(next_ready, parity);
+            const Turn<kValueStages> next_values(values_number);
+            has_come = (!kSegments || values) && mbarrier_test(address(smem.values_loaded) + next_values.slot * 8, next_values.parity);
+            cute::warpgroup_wait<0>();
+            fence_operands(S);
+            fence_operands(O_new);
+            __syncwarp();   // every lane has read
+            mbarrier_arrive_in_cluster((kHere ? empty_here : empty_there) + own.slot * 8, first_lane != 0);
+            if (!kHere)
+                mbarrier_arrive_in_cluster(free_there + mail.slot * 8, first_lane != 0);
+            if ((!kSegments || values) && first_lane != 0)
+                mbarrier_arrive(address(smem.values_empty) + values_turn.slot * 8);
+            for (int i = 0; i < 2; ++i) {
+                O[i] = pack_bf16(O_new[2 * i] * scale_low.x, O_new[2 * i + 1] * scale_low.y);
+                O[2 + i] = pack_bf16(O_new[4 + 2 * i] * scale_high.x, O_new[5 + 2 * i] * scale_high.y);
+            }
+        };
+        for (int chunk = 0; chunk < chunks; ++chunk)
+            if (number % kPair == static_cast<uint32_t>(rank()))
+                step(std::true_type());
+            else
+                step(std::false_type());
+        if (chunks > 0)
+            places.writer.store(places.writer.transpose(O), min(full, chain.length - (chunks - 1) * kChunk));
+        if (chain.to == To::kFinalState) {
+            if (!passes_through(chain))
+                for (float& x : S)
+                    x *= kStateUp;
+            store_state(p, chain, rank(), S);
+        } else if constexpr (!kSegments) {
+            leave_state(*behind_span, p.workspace.ticket, rank(), S);
+        } else if (chain.to == To::kSummary) {
+            if (chain.from == From::kIdentity)
+                leave_matrix(*chain.summary, p.workspace.ticket, rank(), S);
+            else
+                leave_state(*chain.summary, p.workspace.ticket, rank(), S);
         }
-        __syncwarp();   // every lane has read
-        if (lane == 0)
-            mbarrier_arrive(smem.empty[ring.slot]);
-        ring.advance();
     }
-    if (chunks > 0)
-        writer.write(O, chain.length - (chunks - 1) * kChunk);
-    if (chain.length > 0)
-        for (float& x : S)
-            x *= kStateUp;
-    store_state(p, chain, value_channel + lane / 4, c, S);
 }
 
 }  // namespace flash_kda::sm90

@@ -1,22 +1,18 @@
-// Where one side stands in a ring of shared-memory slots.
+// Where something stands in a ring of slots in shared memory.
 #pragma once
 
 #include <cstdint>
 
 namespace flash_kda::sm90 {
 
-template <int kStages>
-struct RingCursor {
-    int slot = 0;
-    uint32_t phase = 0;   // flips at each turn: the parity to wait for where a slot was filled, and its inverse where it was emptied
+// The slot of the n-th thing, and the parity of its turn: what to wait for where the slot is filled, and the inverse where it is emptied.
+// A wait tells only odd turns from even ones: whoever waits for a slot must have seen, or know of, every turn before.
+template <int kSlots>
+struct Turn {
+    static_assert((kSlots & (kSlots - 1)) == 0);
+    uint32_t slot, parity;
 
-    __device__ void advance(int steps = 1) {
-        slot += steps;
-        if (slot >= kStages) {
-            slot -= kStages;
-            phase ^= 1;
-        }
-    }
+    __device__ __forceinline__ explicit Turn(uint32_t n) : slot(n % kSlots), parity(n / kSlots % 2) {}
 };
 
 }  // namespace flash_kda::sm90

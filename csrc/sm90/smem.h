@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "config.h"
+#include "schedule.cuh"
 
 namespace flash_kda::sm90 {
 
@@ -22,12 +23,12 @@ constexpr int kHalfTileBytes = sizeof(HalfTile);
 //
 //          copy engine writes     prepare makes of it, for wgmma
 //   kq     k over q, by halves    [-W over qd]: B [2 kChunk, K], K-major     (in between: kd over qd)
-//   g      gate logits            ki: B [kChunk, K], N-major
-//   v      v                      left alone; the recurrence takes it as A through registers
+//   g      gate logits            kr: B [kChunk, K], N-major
+//
+// Or, before a segment's chunks, a piece of a summary: see segments.cuh.
 struct Stage {
     HalfTile kq[kHalves][2];
     HalfTile g[kHalves];
-    HalfTile v[kHalves];
 };
 
 // The rest of a chunk's factors. wgmma takes t and z as B, K-major without swizzle: 8x8 matrices of 128 bytes, [k / 8][n / 8].
@@ -40,23 +41,36 @@ struct SmallFactors {
 constexpr int kTColumnBytes = 2 * kChunk * 8 * 2;   // one k / 8 column of matrices in t
 constexpr int kZColumnBytes = kChunk * 8 * 2;       // and in z
 
-// One prepare warp's own.
+// One prepare team's own.
 struct PrepareScratch {
-    float a[kChunk][kChunk + 4];                 // the system that T solves; only what lies under the diagonal is read
-    alignas(16) float columns[2][kChunk];        // scales of T's columns: as the recurrence wants it, and for W = T D kd
-    alignas(16) bf16 t_for_w[kChunk * kChunk];   // -T D, in the order of z
+    float a[2][8 * 8 + 4];                  // the two systems on the diagonal; only what lies under their diagonals is read
+    float x[2][8][12];                      // their inverses; rows kept apart in banks
+    alignas(16) float columns[2][kChunk];   // scales of T's columns: as the recurrence wants it, and for W = T D kd
+    alignas(16) bf16 minus_t[4 * 8 * 8];    // -T D as the quarters of an A operand, of which the third stays zero
+    float gate_offset[kDim];                // of the chunk's head; see prepare.cuh
+    float4 L[2][32], Z[2][32];              // a member's half of the sum over channels, for the other one; and
+    float2 q_squares[32];
 };
 
 struct SharedStorage {
-    Stage stages[kStages];
+    Stage stages[kStages];              // those of chunks prepared here, then those of the other CTA's
+    HalfTile values[kValueStages];      // v, of this CTA's half of the channels
     SmallFactors small[kStages];
-    PrepareScratch scratch[kPrepareWarps];
-    bf16 out[kRecurrenceWarps][kChunk * 16];   // one warp's [token, 16 value channels], on its way to global memory
-    float gate_offset[kDim];                   // of this head; see prepare.cuh
-    uint64_t loaded[kStages];                  // copy engine -> prepare
-    uint64_t ready[kStages];                   // prepare -> recurrence, one arrival
-    uint64_t empty[kStages];                   // recurrence -> prepare, an arrival a warp
+    PrepareScratch scratch[kTeams];
+    bf16 out[kRecurrenceWarps][kChunk * 16];   // a recurrence warp's [token, 16 value channels], on its way to global memory
+    Span span;                          // the pair's part of the work
+    Chain chains[kChains];              // of it, one after the other
+    alignas(16) uint32_t zeros[4];      // instead of values, where there are none
+
+    // Who waits is named last. Arrivals are a thread's that asks the copy engine for bytes, or as said.
+    uint64_t chains_ready[kChains];      // schedule -> all others
+    uint64_t chains_empty[kChains];      // all others, one a warp -> schedule
+    uint64_t loaded[kOwnStages];         // copy engine -> prepare
+    uint64_t ready[kStages];             // prepare, one a warp -> recurrence, mail; copy engine, from the other CTA or with summaries -> recurrence
+    uint64_t empty[kOwnStages];          // recurrence, one a warp of each CTA -> load
+    uint64_t free[kMailStages];          // recurrence of the other CTA, one a warp -> mail
+    uint64_t values_loaded[kValueStages];   // copy engine -> recurrence
+    uint64_t values_empty[kValueStages];    // recurrence, one a warp -> load
 };
-static_assert(sizeof(SharedStorage) <= 227 * 1024);
 
 }  // namespace flash_kda::sm90

@@ -2,7 +2,7 @@
 //
 // Threads take turns in an order drawn from a seed, and change only where they wait. What the lanes of a warp do together is done once the
 // last of them has come. So the kernel's logic is tested: indices, arithmetic, hand-overs, locking up; and, with races.h, the order of
-// accesses to shared memory. Its speed is not.
+// accesses to memory. Its speed is not.
 #pragma once
 
 #include <ucontext.h>
@@ -19,6 +19,7 @@
 #include "races.h"
 
 #define __device__
+#define __host__
 #define __global__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
@@ -26,9 +27,15 @@
 #define __syncwarp emulator::sync_warp
 #define __syncthreads emulator::sync_cta
 #define __shfl_sync(mask, x, lane) emulator::shuffle(x, lane)
-#define __shfl_xor_sync(mask, x, lanes) emulator::shuffle(x, emulator::lane() ^ (lanes))
+#define __shfl_up_sync(mask, x, lanes) emulator::shuffle(x, std::max(emulator::lane() - (lanes), 0))
+#define __reduce_max_sync(mask, x) emulator::most(x)
+#define __ballot_sync(mask, x) emulator::ballot(x)
+#define __any_sync(mask, x) (emulator::ballot(x) != 0)
+#define __ffs(x) __builtin_ffs(x)
+#define __threadfence()
 #define threadIdx (emulator::current->index)
 #define blockIdx (emulator::current->cta->index)
+#define gridDim (emulator::grid)
 
 struct __nv_bfloat16 {
     uint16_t bits;
@@ -84,9 +91,15 @@ struct Warp {
 struct Cta {
     Index index;
     int threads, arrived = 0;
+    bool leaving = false;   // some of its threads have ended
     uint64_t done = 0;
     std::vector<Warp> warps;
     uint8_t* shared;
+    std::vector<Cta*> cluster;
+    struct Meeting {
+        int arrived = 0;
+        uint64_t done = 0;
+    } meeting, named[16];   // the cluster's, in its first CTA
 };
 
 struct Thread {
@@ -99,6 +112,7 @@ struct Thread {
 };
 
 extern Thread* current;
+extern Index grid;
 extern ucontext_t scheduler;
 extern uint64_t progress;   // counts whatever may let somebody go on
 
@@ -125,7 +139,10 @@ void together(const char* what, void* argument, Act act) {
         wait_until(what, [&] { return warp.done != before; });
         return;
     }
-    act(warp.arguments);
+    {
+        races::Undisturbed undisturbed;
+        act(warp.arguments);
+    }
     warp.arrived = 0;
     ++warp.done;
     ++progress;
@@ -135,20 +152,24 @@ inline void sync_warp() {
     together("syncwarp", nullptr, [](void**) { races::meet_warp(); });
 }
 
-inline void sync_cta() {
-    Cta& cta = *current->cta;
-    races::arrive(&cta);
-    if (++cta.arrived < cta.threads) {
-        const uint64_t before = cta.done;
-        wait_until("syncthreads", [&] { return cta.done != before; });
+template <class Meeting>
+void meet(Meeting& at, int threads) {
+    races::arrive(&at);
+    if (++at.arrived < threads) {
+        const uint64_t before = at.done;
+        wait_until("syncthreads", [&] { return at.done != before; });
     } else {
-        races::complete(&cta);
-        cta.arrived = 0;
-        ++cta.done;
+        races::complete(&at);
+        at.arrived = 0;
+        ++at.done;
         ++progress;
     }
-    races::pass(&cta);
+    races::pass(&at);
 }
+
+inline void sync_cta() { meet(*current->cta, current->cta->threads); }
+
+inline void sync_cluster() { meet(current->cta->cluster[0]->meeting, current->cta->threads * current->cta->cluster.size()); }
 
 template <class T>
 T shuffle(T x, int from) {
@@ -165,11 +186,40 @@ T shuffle(T x, int from) {
     return mine.result;
 }
 
-// Shared memory by its address there, as the instructions have it.
-inline uint8_t* shared(uint32_t address, int bytes) {
-    if (address > kSharedBytes - bytes || address % bytes != 0)
+inline int most(int x) {
+    for (int lanes = 1; lanes < kWarp; lanes *= 2)
+        x = std::max(x, shuffle(x, lane() ^ lanes));
+    return x;
+}
+
+inline uint32_t ballot(bool x) {
+    uint32_t bits = x ? 1u << lane() : 0;
+    for (int lanes = 1; lanes < kWarp; lanes *= 2)
+        bits |= shuffle(bits, lane() ^ lanes);
+    return bits;
+}
+
+// Addresses of shared memory are as on the machine: a CTA's window begins with what is the driver's, and is the rank's in the cluster.
+constexpr uint32_t kWindow = 1 << 24, kDriversBytes = 1 << 10;
+
+inline uint32_t window(const Cta& cta) { return cta.index.x % cta.cluster.size() * kWindow; }
+
+inline uint8_t* shared(uint32_t address, int bytes, int alignment, const Cta& cta) {
+    const uint32_t offset = address - window(cta) - kDriversBytes;
+    if (offset > kSharedBytes - bytes || address % alignment != 0)
         fail("bad shared-memory address " + std::to_string(address) + " of " + std::to_string(bytes) + " bytes");
-    return current->cta->shared + address;
+    return cta.shared + offset;
+}
+inline uint8_t* shared(uint32_t address, int bytes) { return shared(address, bytes, bytes, *current->cta); }
+
+inline uint8_t* shared_in_cluster(uint32_t address, int bytes, int alignment) {
+    const uint32_t rank = address / kWindow;
+    if (rank >= current->cta->cluster.size())
+        fail("bad address in the cluster");
+    const Cta& cta = *current->cta->cluster[rank];
+    if (cta.leaving)
+        fail("the other CTA need not be there any more");
+    return shared(address, bytes, alignment, cta);
 }
 
 inline float from_bf16(uint16_t bits) { return __uint_as_float(static_cast<uint32_t>(bits) << 16); }
@@ -177,6 +227,20 @@ inline float from_bf16(uint16_t bits) { return __uint_as_float(static_cast<uint3
 inline uint16_t to_bf16(float x) {   // to nearest even
     const uint32_t bits = __float_as_uint(x);
     return std::isnan(x) ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+// Without NaN and infinity, which the kernel has none of in fp16.
+inline float from_fp16(uint16_t bits) {
+    const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+    const float size = exponent ? ldexpf(1024 + fraction, exponent - 25) : ldexpf(fraction, -24);
+    return bits >> 15 ? -size : size;
+}
+
+inline uint16_t to_fp16(float x) {   // to nearest even
+    const float size = std::fabs(x);
+    const int exponent = std::max(size > 0 ? std::ilogb(size) : -14, -14);
+    const int rounded = static_cast<int>(std::nearbyint(ldexpf(size, 10 - exponent))) + (exponent + 14) * 1024;
+    return static_cast<uint16_t>((x < 0 ? 0x8000 : 0) | rounded);
 }
 
 }  // namespace emulator

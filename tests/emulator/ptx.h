@@ -5,7 +5,10 @@
 
 namespace flash_kda::sm90 {
 
-inline uint32_t smem_address(const void* p) { return static_cast<uint32_t>(static_cast<const uint8_t*>(p) - emulator::current->cta->shared); }
+inline uint32_t smem_address(const void* p) {
+    const emulator::Cta& cta = *emulator::current->cta;
+    return static_cast<uint32_t>(static_cast<const uint8_t*>(p) - cta.shared) + emulator::window(cta) + emulator::kDriversBytes;
+}
 
 // ---- mbarriers
 
@@ -16,12 +19,13 @@ struct Barrier {
 };
 static_assert(sizeof(Barrier) == sizeof(uint64_t));
 
-inline Barrier& barrier(uint64_t& bar) {
-    Barrier& b = *reinterpret_cast<Barrier*>(emulator::shared(smem_address(&bar), 8));
+inline Barrier& barrier(uint8_t* at) {
+    Barrier& b = *reinterpret_cast<Barrier*>(at);
     if (b.mark != Barrier::kMark)
-        emulator::fail("no barrier at shared-memory address " + std::to_string(smem_address(&bar)));
+        emulator::fail("no barrier there");
     return b;
 }
+inline Barrier& barrier(uint64_t& bar) { return barrier(emulator::shared(smem_address(&bar), 8)); }
 
 inline void settle(Barrier& b) {
     if (b.missing == 0 && b.bytes == 0) {
@@ -40,8 +44,7 @@ inline void mbarrier_init(uint64_t& bar, int arrivals) {
 
 inline void fence_mbarrier_init() {}
 
-inline void mbarrier_arrive_expect_bytes(uint64_t& bar, int bytes) {
-    Barrier& b = barrier(bar);
+inline void arrive(Barrier& b, int bytes) {
     if (b.missing == 0)
         emulator::fail("one arrival too many at a barrier");
     emulator::races::arrive(&b);
@@ -50,12 +53,21 @@ inline void mbarrier_arrive_expect_bytes(uint64_t& bar, int bytes) {
     settle(b);
 }
 
-inline void mbarrier_arrive(uint64_t& bar) { mbarrier_arrive_expect_bytes(bar, 0); }
+inline void mbarrier_arrive_expect_bytes(uint64_t& bar, int bytes) { arrive(barrier(bar), bytes); }
+inline void mbarrier_arrive(uint32_t bar) { arrive(barrier(emulator::shared(bar, 8)), 0); }
 
-inline void mbarrier_wait(uint64_t& bar, uint32_t parity) {
-    Barrier& b = barrier(bar);
+inline void mbarrier_wait(uint32_t bar, uint32_t parity) {
+    Barrier& b = barrier(emulator::shared(bar, 8));
     emulator::wait_until("a barrier", [&] { return b.phase != (parity & 1); });
     emulator::races::pass(&b);
+}
+
+inline bool mbarrier_test(uint32_t bar, uint32_t parity) {
+    Barrier& b = barrier(emulator::shared(bar, 8));
+    if (b.phase == (parity & 1))
+        return false;
+    emulator::races::pass(&b);
+    return true;
 }
 
 // ---- the launch's shared memory, registers, election, fences
@@ -74,10 +86,88 @@ inline bool elect_one() {
 }
 
 inline void fence_async_proxy() { emulator::races::fence(); }
+inline void fence_async_proxy_everywhere() { emulator::races::fence(); }
+
+template <class T>
+T resident(T x) {
+    return x;
+}
+
+inline int thread_index() { return threadIdx.x; }
+
+inline void barrier(int id, int threads) { emulator::meet(emulator::current->cta->named[id], threads); }
+
+inline void bulk_copy(void* to, const void* from, int bytes, Barrier& landed) {
+    emulator::races::copied(to, from, bytes, &landed);
+    emulator::races::Quiet quiet;
+    memcpy(to, from, bytes);
+    landed.bytes -= bytes;
+    settle(landed);
+}
+
+inline void bulk_prefetch(const void* from, int bytes) {
+    if (reinterpret_cast<uintptr_t>(from) % 16 != 0 || bytes % 16 != 0)
+        emulator::fail("bad bytes to prefetch");
+}
+
+inline void bulk_load(void* to, const void* from, int bytes, uint64_t& loaded) { bulk_copy(to, from, bytes, barrier(loaded)); }
+
+// ---- the CTAs of a cluster
+
+inline uint32_t address_in_cta(uint32_t address, int rank) { return address % emulator::kWindow + rank * emulator::kWindow; }
+
+inline void sync_cluster() { emulator::sync_cluster(); }
+
+inline Barrier& barrier_in_cluster(uint32_t bar) { return barrier(emulator::shared_in_cluster(bar, 8, 8)); }
+
+inline void mbarrier_arrive_in_cluster(uint32_t bar, bool arrives) {
+    if (arrives)
+        arrive(barrier_in_cluster(bar), 0);
+}
+
+inline void mbarrier_arrive_expect_bytes_in_cluster(uint32_t bar, int bytes) { arrive(barrier_in_cluster(bar), bytes); }
+
+inline void bulk_push(uint32_t to, const void* from, int bytes, uint32_t landed) {
+    bulk_copy(emulator::shared_in_cluster(to, bytes, 16), from, bytes, barrier_in_cluster(landed));
+}
+
+// ---- global memory between CTAs
+
+inline uint64_t load_acquire(const uint64_t* p) {
+    emulator::races::not_data(p, sizeof(*p));
+    emulator::races::pass(p);
+    const uint64_t seen = *p;
+    emulator::wait_until("another CTA", [turns = 0]() mutable { return turns++ > 0; });
+    return seen;
+}
+
+inline void store_release(uint64_t* p, uint64_t x) {
+    emulator::races::not_data(p, sizeof(*p));
+    emulator::races::arrive(p);
+    emulator::races::complete(p);
+    *p = x;
+    ++emulator::progress;
+}
+
+inline uint64_t atomic_add(uint64_t* p, uint64_t x) {
+    ++emulator::progress;
+    *p += x;
+    return *p - x;
+}
 
 // ---- single loads and stores
 
 inline uint32_t load_global_bf16(const __nv_bfloat16* p) { return p->bits; }
+
+inline float load_shared_float(uint32_t address) { return *reinterpret_cast<float*>(emulator::shared(address, 4)); }
+inline float2 load_shared_float2(uint32_t address) { return *reinterpret_cast<float2*>(emulator::shared(address, 8)); }
+inline float4 load_shared_float4(uint32_t address) { return *reinterpret_cast<float4*>(emulator::shared(address, 16)); }
+
+inline void store_shared_4_bytes(uint32_t address, uint32_t x) { memcpy(emulator::shared(address, 4), &x, 4); }
+
+inline void store_shared_16_bytes(uint32_t address, float x, float y, float z, float w) {
+    *reinterpret_cast<float4*>(emulator::shared(address, 16)) = {x, y, z, w};
+}
 
 inline uint4 load_shared_16_bytes(uint32_t address) { return *reinterpret_cast<uint4*>(emulator::shared(address, 16)); }
 
@@ -86,13 +176,13 @@ inline void store_shared_16_bytes(uint32_t address, const uint32_t (&x)[4]) { me
 // ---- 8x8 matrices: lane l has elements 2 (l % 4) and the next of row l / 4, transposed of column l / 4; lane 8 q + r names row r of matrix q
 
 template <class Registers>
-void move_matrices(const char* what, Registers* registers, uint32_t address, bool store, bool transposed) {
+void move_matrices(const char* what, Registers* registers, uint32_t address, bool store, bool transposed, int count = 4) {
     struct Argument {
         uint32_t* registers;
         uint32_t address;
     } mine{const_cast<uint32_t*>(registers), address};
     emulator::together(what, &mine, [=](void** all) {
-        for (int q = 0; q < 4; ++q)
+        for (int q = 0; q < count; ++q)
             for (int l = 0; l < emulator::kWarp; ++l)
                 for (int i = 0; i < 2; ++i) {
                     const int row = transposed ? l % 4 * 2 + i : l / 4, column = transposed ? l / 4 : l % 4 * 2 + i;
@@ -150,6 +240,23 @@ inline void mma_m16n8k16(float* d, const uint32_t* a, uint32_t b0, uint32_t b1) 
         [](const void* x, int k) { return bf16_of(x, k / 8, k % 2); }, 2);
 }
 
+inline void mma_m16n8k8(float* d, const uint32_t* a, uint32_t b) {
+    multiply<8>(
+        "mma.k8", {d, d, a, &b}, [](const void* x, int row, int k) { return bf16_of(x, row / 8, k % 2); },
+        [](const void* x, int k) { return bf16_of(x, 0, k % 2); }, 2);
+}
+
+inline float fp16_of(const void* registers, int index, int half) {
+    return emulator::from_fp16(static_cast<const uint32_t*>(registers)[index] >> (16 * half));
+}
+
+inline void mma_m16n8k16_fp16(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, const float* c) {
+    const uint32_t b[2] = {b0, b1};
+    multiply<16>(
+        "mma.fp16", {d, c, a, b}, [](const void* x, int row, int k) { return fp16_of(x, k / 8 * 2 + row / 8, k % 2); },
+        [](const void* x, int k) { return fp16_of(x, k / 8, k % 2); }, 2);
+}
+
 inline float tf32_of(const void* registers, int index) {
     return __uint_as_float(__float_as_uint(static_cast<const float*>(registers)[index]) & ~0x1fffu);
 }
@@ -167,6 +274,10 @@ inline float exp2_approx(float x) { return exp2f(x); }
 inline float rcp_approx(float x) { return 1.0f / x; }
 inline float rsqrt_approx(float x) { return 1.0f / sqrtf(x); }
 inline uint32_t pack_bf16(float low, float high) { return emulator::to_bf16(low) | static_cast<uint32_t>(emulator::to_bf16(high)) << 16; }
+inline uint32_t pack_fp16(float low, float high) { return emulator::to_fp16(low) | static_cast<uint32_t>(emulator::to_fp16(high)) << 16; }
+inline uint32_t multiply_bf16(uint32_t a, uint32_t b) {
+    return pack_bf16(emulator::from_bf16(a) * emulator::from_bf16(b), emulator::from_bf16(a >> 16) * emulator::from_bf16(b >> 16));
+}
 inline float low_bf16(uint32_t pair) { return __uint_as_float(pair << 16); }
 inline float high_bf16(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
 

@@ -10,6 +10,7 @@
 namespace emulator {
 
 Thread* current;
+Index grid;
 ucontext_t scheduler;
 uint64_t progress;
 
@@ -25,6 +26,7 @@ void run_thread() {
         error = e.what();
     }
     current->finished = true;
+    current->cta->leaving = true;
     ++progress;
     swapcontext(&current->context, &scheduler);
 }
@@ -40,31 +42,38 @@ std::string waiting(const std::vector<Thread*>& threads) {
     return text;
 }
 
-void run_cta(uint32_t index, int threads, uint64_t& seed) {
-    const std::unique_ptr<uint8_t, decltype(&free)> shared(static_cast<uint8_t*>(aligned_alloc(1024, kSharedBytes)), &free);
-    memset(shared.get(), 0xff, kSharedBytes);   // as NaN as can be
-    races::begin();
-    Cta cta;
-    cta.index = {index};
-    cta.threads = threads;
-    cta.warps.resize(threads / kWarp);
-    cta.shared = shared.get();
-    std::vector<Thread> all(threads);
+void run_grid(uint32_t ctas, int ctas_a_cluster, int threads, uint64_t seed) {
+    grid = {ctas};
+    std::vector<Cta> all_ctas(ctas);
+    std::vector<std::unique_ptr<uint8_t, decltype(&free)>> memories;
+    std::vector<Thread> all(ctas * threads);
     std::vector<Thread*> live;
-    for (int t = 0; t < threads; ++t) {
-        Thread& thread = all[t];
-        thread.cta = &cta;
-        thread.index = {static_cast<uint32_t>(t)};
-        thread.stack.resize(64 << 10);
-        getcontext(&thread.context);
-        thread.context.uc_stack.ss_sp = thread.stack.data();
-        thread.context.uc_stack.ss_size = thread.stack.size();
-        thread.context.uc_link = nullptr;
-        makecontext(&thread.context, run_thread, 0);
-        live.push_back(&thread);
+    for (uint32_t c = 0; c < ctas; ++c) {
+        memories.emplace_back(static_cast<uint8_t*>(aligned_alloc(1024, kSharedBytes)), &free);
+        memset(memories.back().get(), 0xff, kSharedBytes);   // as NaN as can be
+        Cta& cta = all_ctas[c];
+        cta.index = {c};
+        cta.threads = threads;
+        cta.warps.resize(threads / kWarp);
+        cta.shared = memories.back().get();
+        for (int rank = 0; rank < ctas_a_cluster; ++rank)
+            cta.cluster.push_back(&all_ctas[c - c % ctas_a_cluster + rank]);
+        races::begin_cta(cta.shared, threads);
+        for (int t = 0; t < threads; ++t) {
+            Thread& thread = all[c * threads + t];
+            thread.cta = &cta;
+            thread.index = {static_cast<uint32_t>(t)};
+            thread.stack.resize(48 << 10);
+            getcontext(&thread.context);
+            thread.context.uc_stack.ss_sp = thread.stack.data();
+            thread.context.uc_stack.ss_size = thread.stack.size();
+            thread.context.uc_link = nullptr;
+            makecontext(&thread.context, run_thread, 0);
+            live.push_back(&thread);
+        }
     }
     uint64_t before = ~progress;
-    while (!live.empty() && error.empty() && progress != before) {
+    for (int idle = 0; !live.empty() && error.empty() && idle < 4; idle = progress == before ? idle + 1 : 0) {
         before = progress;
         seed = seed * 6364136223846793005u + 1442695040888963407u;
         std::rotate(live.begin(), live.begin() + (seed >> 33) % live.size(), live.end());
@@ -88,13 +97,15 @@ void run_cta(uint32_t index, int threads, uint64_t& seed) {
 extern "C" const char* emulate_fwd(const void* q, const void* k, const void* v, const void* g, const void* beta, void* out, const float* A_log,
                                    const float* dt_bias, const void* initial_state, void* final_state, const int64_t* cu_seqlens,
                                    int64_t num_sequences, int64_t tokens, int64_t heads, int state_is_fp32, float scale,
-                                   float lower_bound, uint64_t seed) {
+                                   float lower_bound, int sharing_index, int ctas, int segments, int least_chunks, int handovers, uint64_t seed) {
     using namespace flash_kda::sm90;
     const int64_t rows = cu_seqlens ? tokens : num_sequences * tokens;
     KernelParams p{};
     p.q = {q, rows, heads, 1};
     p.k = {k, rows, heads, 1};
-    p.v = {v, rows, heads, kHalves};
+    const auto sharing = static_cast<Sharing>(sharing_index);
+    p.v_map = {v, rows, heads, 1};
+    p.v = static_cast<const bf16*>(v);
     p.g = {g, rows, heads, kHalves};
     p.beta = static_cast<const bf16*>(beta);
     p.out = static_cast<bf16*>(out);
@@ -108,9 +119,27 @@ extern "C" const char* emulate_fwd(const void* q, const void* k, const void* v, 
     p.state_is_fp32 = state_is_fp32 != 0;
     p.scale = scale;
     p.lower_bound = lower_bound;
+    p.num_sequences = static_cast<uint32_t>(num_sequences);
+    p.segments = segments;
+    p.least_chunks = least_chunks;
+    std::vector<Handover> workspace(handovers + 1);   // one to be left alone
+    memset(static_cast<void*>(workspace.data()), 0xff, workspace.size() * sizeof(Handover));
+    p.workspace = {workspace.data(), static_cast<uint32_t>(handovers), 0x123456780000};
     emulator::error.clear();
-    emulator::kernel = [&] { fwd_kernel(p); };
-    for (int64_t chain = 0; chain < num_sequences * heads && emulator::error.empty(); ++chain)
-        emulator::run_cta(static_cast<uint32_t>(chain), kThreads, seed);
+    emulator::kernel = [&] {
+        switch (sharing) {
+            case Sharing::kSpans: return fwd_kernel<Sharing::kSpans>(p);
+            case Sharing::kSegments: return fwd_kernel<Sharing::kSegments>(p);
+        }
+    };
+    emulator::races::begin(seed, workspace.data(), handovers * sizeof(Handover));
+    emulator::run_grid(ctas, kPair, kCtaThreads, seed);
+    for (const Handover& handover : workspace)
+        for (uint64_t left : handover.left)
+            if (emulator::error.empty() && left - p.workspace.ticket < 1 << 16)
+                emulator::error = "a ticket is left in the workspace";
+    const auto* guard = reinterpret_cast<const uint8_t*>(&workspace.back());
+    if (emulator::error.empty() && std::any_of(guard, guard + sizeof(Handover), [](uint8_t x) { return x != 0xff; }))
+        emulator::error = "written past the workspace";
     return emulator::error.c_str();
 }

@@ -8,11 +8,12 @@
 
 namespace flash_kda::sm90 {
 
-inline void load_box(const CUtensorMap& map, uint64_t& loaded, HalfTile& to, int row, int half, int head) {
-    if (smem_address(&to) % sizeof(HalfTile) != 0 || half + map.halves > kHalves || head < 0 || head >= map.heads)
+template <bool kOnce>
+void load_box(const CUtensorMap& map, uint64_t& loaded, HalfTile& to, int row, int half, int head) {
+    if (smem_address(&to) % alignof(HalfTile) != 0 || half + map.halves > kHalves || head < 0 || head >= map.heads)
         emulator::fail("a box that cannot be copied");
     Barrier& b = barrier(loaded);
-    emulator::races::copied(&to, map.halves * kHalfTileBytes, &b);
+    emulator::races::copied(&to, nullptr, map.halves * kHalfTileBytes, &b);
     emulator::races::Quiet quiet;
     for (int h = 0; h < map.halves; ++h)
         for (int t = 0; t < kChunk; ++t)

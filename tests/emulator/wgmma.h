@@ -1,6 +1,7 @@
 // Stands for csrc/sm90/wgmma.h: products are done at once, by each warp for its 16 rows.
 #pragma once
 
+#include "matrix_descriptor.h"
 #include "ptx.h"
 #include "smem.h"
 
@@ -15,22 +16,7 @@ void warpgroup_wait() {}
 
 namespace flash_kda::sm90 {
 
-enum class LayoutType { INTERLEAVE, B128 };
 enum class ScaleOut { Zero, One };
-
-struct MatrixDescriptor {
-    uint32_t address;
-    LayoutType layout;
-    int leading, stride;
-
-    MatrixDescriptor operator+(uint32_t sixteenths) const { return {address + sixteenths * 16, layout, leading, stride}; }
-};
-
-inline MatrixDescriptor matrix_descriptor(const void* smem, LayoutType layout, int leading, int stride) {
-    if (smem_address(smem) % (layout == LayoutType::B128 ? 1024 : 16) != 0)
-        emulator::fail("an operand that is not aligned");
-    return {smem_address(smem), layout, leading, stride};
-}
 
 template <int kColumns, bool kColumnMajor>
 struct Atom {
@@ -46,15 +32,18 @@ void fence_operands(float (&)[kRegisters]) {}
 
 // Element (k, n) of b.
 template <class Atom>
-float operand(const MatrixDescriptor& b, int k, int n) {
-    uint32_t at = b.address;
-    if (b.layout == LayoutType::INTERLEAVE)
-        at += k / 8 * b.leading + n / 8 * b.stride + n % 8 * 16 + k % 8 * 2;
+float operand(MatrixDescriptor b, int k, int n) {
+    const auto field = [=](int bit) { return static_cast<uint32_t>(b >> bit & 0x3fff) * 16; };
+    const uint32_t leading = field(16), stride = field(32);
+    const auto swizzle = static_cast<Swizzle>(b >> 62);
+    uint32_t at = emulator::window(*emulator::current->cta) + field(0);
+    if (swizzle == Swizzle::kNone)
+        at += k / 8 * leading + n / 8 * stride + n % 8 * 16 + k % 8 * 2;
     else if (Atom::column_major)
-        at += n / 64 * b.leading + k / 8 * b.stride + k % 8 * 128 + n % 64 * 2;
+        at += n / 64 * leading + k / 8 * stride + k % 8 * 128 + n % 64 * 2;
     else
-        at += n / 8 * b.stride + n % 8 * 128 + k * 2;
-    if (b.layout == LayoutType::B128)
+        at += n / 8 * stride + n % 8 * 128 + k * 2;
+    if (swizzle == Swizzle::k128Bytes)
         at ^= (at >> 7 & 7) << 4;
     uint16_t bits;
     emulator::races::read_by_wgmma(emulator::shared(at, 2), 2);

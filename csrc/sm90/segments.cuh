@@ -1,0 +1,240 @@
+// Few chains, and long ones: cut in time, into segments done side by side.
+//
+// Over a segment the state goes to S M + B. First the summaries of all segments but a chain's last: the first segment is done as it is and
+// gives the state S1 behind it; of the others one task does B, the state that zero would become, and another M, the one that the identity
+// would become without values. All three are the recurrence as it is. Then the replays of all segments but the first, and of chains that
+// are not cut: the state before the segment is
+//
+//   S = ((S1 M_1 + B_1) M_2 + B_2) ...
+//
+// in three bf16 products each, of S and M as a bf16 part and what that lacks; from there the segment is done as it is.
+//
+// The tasks are numbered, by sequence, head and segment; the pairs deal them out in turn, first all summaries, then all replays. Since the
+// CTAs run all at once, and no pair waits for anything but summaries, they cannot lock up.
+#pragma once
+
+#include "kernel_params.h"
+#include "ptx.h"
+#include "ring.h"
+#include "schedule.cuh"
+#include "smem.h"
+#include "wgmma.h"
+
+namespace flash_kda::sm90 {
+
+// A pair's tasks, one after the other.
+class SegmentWalk {
+public:
+    __device__ explicit SegmentWalk(const Span&) : place{Tasks::kSummaries, pair(), 0, {}} {}
+
+    // Writes the next one. Called by all lanes.
+    __device__ __forceinline__ void next(const KernelParams& p, Chain& chain) {
+        const uint32_t lane = threadIdx.x % 32;
+        Place at = place;
+        for (;;) {
+            // A lane a sequence: how many tasks it has, and there are up to its end.
+            const uint32_t sequence = at.sequence + lane;
+            const Rows rows = sequence < p.num_sequences ? sequence_rows(p, sequence) : Rows{0, 0};
+            const int n = segments_of(chunks_of(rows.length), p.least_chunks, p.segments);
+            const uint32_t heads = sequence < p.num_sequences ? p.heads : 0;
+            const Counts own = {heads * summaries_of(n), heads * replays_of(n)};
+            Counts until = own;
+            for (int d = 1; d < 32; d *= 2) {
+                const uint32_t x = __shfl_up_sync(~0u, until.summaries, d), y = __shfl_up_sync(~0u, until.replays, d);
+                if (lane >= d) {
+                    until.summaries += x;
+                    until.replays += y;
+                }
+            }
+            until.summaries += at.before.summaries;
+            until.replays += at.before.replays;
+            const bool summaries_first = at.tasks == Tasks::kSummaries;
+            const uint32_t end = summaries_first ? until.summaries : until.replays;
+            if (const uint32_t behind = __ballot_sync(~0u, at.task < end)) {
+                if (lane == __ffs(behind) - 1) {
+                    const uint32_t each = summaries_first ? summaries_of(n) : replays_of(n), in_sequence = at.task - (end - each * p.heads);
+                    take(p, chain, sequence, rows, n, in_sequence / each, at.tasks, in_sequence % each, until.summaries - own.summaries);
+                }
+                place = {at.tasks, at.task + gridDim.x / kPair, at.sequence, at.before};
+                return;
+            }
+            at.before = {__shfl_sync(~0u, until.summaries, 31), __shfl_sync(~0u, until.replays, 31)};
+            at.sequence += 32;
+            if (at.sequence >= p.num_sequences) {
+                if (!summaries_first) {
+                    if (lane == 0)
+                        chain.done = true;
+                    return;
+                }
+                at = {Tasks::kReplays, pair(), 0, {}};
+            }
+        }
+    }
+
+private:
+    __device__ static uint32_t pair() { return blockIdx.x / kPair; }
+
+    enum class Tasks { kSummaries, kReplays };
+    struct Counts {
+        uint32_t summaries, replays;
+    };
+    struct Place {
+        Tasks tasks;
+        uint32_t task;       // the next one of the pair's
+        uint32_t sequence;   // no earlier than this sequence,
+        Counts before;       // which so many tasks precede
+    };
+    Place place;
+
+    __device__ __forceinline__ static void take(const KernelParams& p, Chain& chain, uint32_t sequence, const Rows& rows, int n, uint32_t head, Tasks tasks,
+                                                int task, uint32_t first_summary) {
+        first_summary += head * summaries_of(n);
+        chain = {};
+        chain.segments = n;
+        chain.summaries = p.workspace.handovers + first_summary;
+        chain.head = head;
+        chain.state_offset = (static_cast<int64_t>(sequence) * p.heads + head) * (kDim * kDim);
+        int segment;
+        if (tasks == Tasks::kSummaries) {
+            segment = (task + 1) / 2;
+            chain.summary = chain.summaries + task;
+            chain.from = segment == 0 ? From::kInitialState : task % 2 == 1 ? From::kZero : From::kIdentity;
+            chain.to = To::kSummary;
+        } else {
+            segment = n > 1 ? 1 + task : 0;
+            chain.compositions = max(segment - 1, 0);
+            chain.from = segment == 0 ? From::kInitialState : From::kSummaries;
+            chain.to = segment == n - 1 ? To::kFinalState : To::kNowhere;
+        }
+        const int chunks = chunks_of(rows.length);
+        const auto border = [&](int s) { return border_of(chunks, s, n) * kChunk; };
+        chain.first_row = rows.first + border(segment);
+        chain.length = min(border(segment + 1), rows.length) - border(segment);
+        if (first_summary + summaries_of(n) > p.workspace.summaries) {   // only where cu_seqlens is not what it should be
+            chain = {};
+            chain.from = From::kZero;
+            chain.to = To::kNowhere;
+        }
+    }
+};
+
+// ---- summaries through the workspace
+
+// Waits for what a warp leaves, and counts how often that was: the last of all fetches takes the ticket away, for a graph's next replay has the
+// same one.
+__device__ __forceinline__ void fetch(uint64_t* left, uint64_t ticket, int fetches) {
+    while (load_acquire(left) - ticket >= 1 << 16) {
+    }
+    if (atomic_add(left, 1) + 1 == ticket + fetches)
+        *left = 0;
+}
+
+// M of the segment, whose rows are those of the state, in blocks of 16 rows, a warp's own, each as its bf16 part and what that lacks, both as
+// two HalfTiles.
+__device__ __forceinline__ void leave_matrix(Handover& summary, uint64_t ticket, int half, const float (&S)[kStateRegisters]) {
+    const int thread = half * kWarpgroup + thread_index() % kWarpgroup, r = thread % 32 / 4, c = thread % 4;
+    auto& block = summary.matrix[thread / 32];
+    for (int j = 0; j < kDim / 8; ++j)
+        for (int h = 0; h < 2; ++h) {
+            const float x = S[4 * j + 2 * h] * kStateUp, y = S[4 * j + 2 * h + 1] * kStateUp;
+            const uint32_t high = pack_bf16(x, y), low = pack_bf16(x - low_bf16(high), y - high_bf16(high));
+            const int at = (r + 8 * h) * kHalf + ((j % 8) ^ r) * 8 + 2 * c;
+            *reinterpret_cast<uint32_t*>(&block[0][j / 8][at]) = high;
+            *reinterpret_cast<uint32_t*>(&block[1][j / 8][at]) = low;
+        }
+    __threadfence();
+    __syncwarp();
+    if (thread % 32 == 0)
+        store_release(&summary.left[thread / 32], ticket);
+}
+
+__device__ __forceinline__ void fetch_state(Handover& summary, uint64_t ticket, int fetches, int half, float (&S)[kStateRegisters]) {
+    const int thread = thread_index() % kWarpgroup;
+    if (thread % 32 == 0)
+        fetch(&summary.left[half * 4 + thread / 32], ticket, fetches);
+    __syncwarp();
+    for (int i = 0; i < 16; ++i) {
+        const float4 x = summary.state[half][i][thread];
+        S[4 * i] = x.x, S[4 * i + 1] = x.y, S[4 * i + 2] = x.z, S[4 * i + 3] = x.w;
+    }
+}
+
+// A summary passes through the stages of the CTA's own chunks in pieces: B, of the CTA's half, then M, a block a stage.
+constexpr int kStateLoads = static_cast<int>(sizeof(Stage) / (kWarpgroup * sizeof(float4)));   // float4s a thread that a stage holds
+constexpr int kStatePieces = (kStateRegisters / 4 + kStateLoads - 1) / kStateLoads, kSummaryPieces = kStatePieces + kBlocks;
+static_assert(sizeof(Handover::matrix[0]) <= sizeof(Stage));
+
+// Until a segment's summary is there. Called by all lanes, each for the part of another warp.
+__device__ __forceinline__ void await_summary(const Chain& chain, uint64_t ticket, int segment) {
+    const int lane = threadIdx.x % 32, fetches = chain.segments - 1 - segment;
+    Handover* const summary = &chain.summaries[2 * segment - 1];
+    if (lane < 4)
+        fetch(&summary[0].left[blockIdx.x % kPair * 4 + lane], ticket, fetches);
+    else if (lane < 4 + kHalves * 4)
+        fetch(&summary[1].left[lane - 4], ticket, kPair * fetches);
+    __syncwarp();
+    fence_async_proxy_everywhere();
+}
+
+// Called by one thread.
+__device__ __forceinline__ void load_summary_piece(const Chain& chain, int segment, int piece, Stage& stage, uint64_t& ready) {
+    const Handover* const summary = &chain.summaries[2 * segment - 1];
+    const bool state = piece < kStatePieces;
+    constexpr int kLast = kStateRegisters / 4 - (kStatePieces - 1) * kStateLoads;
+    const int bytes = state ? (piece + 1 < kStatePieces ? kStateLoads : kLast) * kWarpgroup * sizeof(float4) : sizeof(Handover::matrix[0]);
+    const void* const from = state ? static_cast<const void*>(summary[0].state[blockIdx.x % kPair][piece * kStateLoads])
+                                   : summary[1].matrix[piece - kStatePieces];
+    mbarrier_arrive_expect_bytes(ready, bytes);
+    mbarrier_arrive(smem_address(&ready));   // in place of a team's second warp
+    bulk_load(&stage, from, bytes, ready);
+}
+
+// The state before a segment. `number` of the next stage of the CTA's own, and `release` gives one back.
+template <class Release>
+__device__ __forceinline__ void compose(const KernelParams& p, SharedStorage& smem, const Chain& chain, uint32_t number, Release release,
+                                        float (&S)[kStateRegisters]) {
+    const int thread = thread_index() % kWarpgroup;
+    const auto await_piece = [&](uint32_t n) -> uint32_t {
+        const Turn<kOwnStages> own(n);
+        mbarrier_wait(smem_address(&smem.ready[own.slot]), own.parity);
+        return own.slot;
+    };
+    fetch_state(chain.summaries[0], p.workspace.ticket, chain.segments - 1, blockIdx.x % kPair, S);
+    for (int compositions = chain.compositions; compositions > 0; --compositions) {
+        uint32_t high[kStateRegisters / 2], low[kStateRegisters / 2];
+        for (int i = 0; i < kStateRegisters / 2; ++i) {
+            high[i] = pack_bf16(S[2 * i], S[2 * i + 1]);
+            low[i] = pack_bf16(S[2 * i] - low_bf16(high[i]), S[2 * i + 1] - high_bf16(high[i]));
+        }
+#pragma unroll
+        for (int piece = 0; piece < kStatePieces; ++piece, ++number) {
+            const uint32_t slot = await_piece(number);
+            for (int i = 0; i < kStateLoads && piece * kStateLoads + i < kStateRegisters / 4; ++i) {
+                const float4 x = load_shared_float4(smem_address(&smem.stages[slot]) + (i * kWarpgroup + thread) * 16);
+                float* const to = S + 4 * (piece * kStateLoads + i);
+                to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
+            }
+            release(slot);
+        }
+        fence_operands(S);
+#pragma unroll
+        for (int block = 0; block < kBlocks; ++block, ++number) {
+            const uint32_t slot = await_piece(number);
+            const MatrixDescriptor matrix = matrix_descriptor(in_sixteenths(smem_address(&smem.stages[slot])), Swizzle::k128Bytes, kHalfTileBytes, 8 * 128);
+            cute::warpgroup_arrive();
+            wgmma<UpdateAtom>(S, high + 4 * block, matrix);
+            wgmma<UpdateAtom>(S, low + 4 * block, matrix);
+            wgmma<UpdateAtom>(S, high + 4 * block, matrix + kHalves * kHalfTileBytes / 16);
+            cute::warpgroup_commit_batch();
+            if (block > 0) {
+                cute::warpgroup_wait<1>();
+                release(Turn<kOwnStages>(number - 1).slot);
+            }
+        }
+        cute::warpgroup_wait<0>();
+        fence_operands(S);
+        release(Turn<kOwnStages>(number - 1).slot);
+    }
+}
+
+}  // namespace flash_kda::sm90

@@ -1,0 +1,32 @@
+// How the CTAs share the chains out, a (sequence, head) each: the words of the host's plan and of the kernel. Plain C++.
+#pragma once
+
+namespace flash_kda::sm90 {
+
+// CTAs work in pairs, clusters of two, on a chain each.
+enum class Sharing {
+    kSpans,      // as much work to each pair, one chain after the other: schedule.cuh
+    kSegments,   // long chains are cut in time, and done in several places at once: segments.cuh
+};
+
+constexpr int kPair = 2;
+
+constexpr int kStateChunks = 6;   // a chain's states take as long to come and go as so many chunks do
+
+// Into how many segments a sequence of so many chunks is cut, each of at least `least_chunks`.
+constexpr int segments_of(int chunks, int least_chunks, int most) {
+    const int fit = chunks / least_chunks, n = fit < 1 ? 1 : fit < most ? fit : most;
+    return n == 2 && most > 2 ? 1 : n;   // two segments are done no sooner than one by halves
+}
+
+// What a chain of n segments consists of, each a pair's task: the state behind the first, B and M of all others but the last; then, of all
+// but the first, a replay. A chain that is not cut is replayed from its initial state.
+constexpr int summaries_of(int segments) { return segments > 1 ? 2 * segments - 3 : 0; }
+constexpr int replays_of(int segments) { return segments > 1 ? segments - 1 : 1; }
+
+// The first chunk of a segment.
+constexpr int border_of(int chunks, int segment, int segments) {
+    return static_cast<int>(static_cast<long long>(chunks) * segment / segments);
+}
+
+}  // namespace flash_kda::sm90
