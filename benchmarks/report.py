@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Turns recorded results (results/*.json) into Markdown, a plot, and the tables in README.md and docs/performance.md.
+"""Turns recorded results (results/) into Markdown, plots, and the tables in README.md and docs/performance.md.
 
     python benchmarks/report.py           # rewrite whatever is out of date
     python benchmarks/report.py --check   # change nothing; exit 1 and say what is out of date
@@ -9,19 +9,23 @@ Documents hold no typed figures. Each stands between a pair of marker comments a
     <!-- results:begin summary -->    geometric means of every group of rows, for every file in results/
     <!-- results:begin rows -->       every row
     <!-- results:begin accuracy -->   errors against the fp64 reference
+    <!-- results:begin plan -->       what each part of the work costs by the plan's model, and how well that fits
+    <!-- results:begin scaling -->    time over the length of one sequence
     <!-- results:begin ladder -->     the versions of the kernel: time predicted, time measured
     <!-- results:begin tried -->      what was tried and dropped
     <!-- results:begin profile -->    what the profiler said
     <!-- results:end -->
 
-results/ holds the current measurements; the last three come from results/ladder/history.json, which is kept by hand: an entry
-a version, written when it was measured.
+results/ holds the current measurements, a file a device: of bench_fwd.py, in plan/ of fit_plan.py, in scaling/ of scaling.py.
+The last three blocks come from results/ladder/history.json, which is kept by hand: a history a device, in the order of the
+work, and in it an entry a version, written when it was measured.
 """
 import argparse
 import json
 import math
 import os
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Callable, Dict, Iterable, List, NamedTuple, Optional, Tuple
@@ -37,10 +41,16 @@ CONVENTION_TBPS = 3.0  # floors are stated at this bandwidth, so that they compa
 NOT_MEASURED = "not measured yet"
 NO_RESULTS = ("No results are recorded yet. `python benchmarks/bench_fwd.py` on a Hopper GPU records them, "
               "`python benchmarks/report.py` puts them here.")
-LABELS = {OURS: "flash_kda", "flashkda": "FlashKDA (vLLM)", "fla": "FLA chunk_kda"}
+LABELS = {OURS: "flash_kda", "flashkda": "FlashKDA (vLLM)", "cudnn": "cuDNN", "fla": "FLA chunk_kda"}
+PLAN_UNITS = {  # of the plan's costs: a launch, then the parts of Work in csrc/plan.h
+    "launch": "a call",
+    "steps": "a chunk, by a pair of CTAs",
+    "compositions": "a summary composed with the next",
+    "summaries": "a call that has summaries: writing one, waiting for others",
+}
 
-Result = Dict  # what bench_fwd.py writes; all times in microseconds, all sizes in bytes
-History = Dict  # results/ladder/history.json: one row on one device, version after version
+Result = Dict  # what a script here writes; all times in microseconds, all sizes in bytes
+History = Dict  # an entry of results/ladder/history.json: one row on one device, version after version
 
 
 class Figures(NamedTuple):
@@ -228,16 +238,68 @@ def plot(result: Result, path: Path) -> bool:
     return True
 
 
+def plot_scaling(result: Result, path: Path) -> bool:
+    """Draws time over length, a panel a number of heads, a curve an implementation and gate. False without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import FuncFormatter
+    except ImportError:
+        return False
+    gates = list(dict.fromkeys(point["gate"] for point in result["points"]))
+    heads = list(dict.fromkeys(point["heads"] for point in result["points"]))
+    columns = min(3, len(heads))
+    lines = -(-len(heads) // columns)
+    figure = Figure(figsize=(4 * columns, 0.5 + 3.2 * lines), layout="constrained")
+    panels = list(figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).flat)
+    for panel, number in zip(panels, heads):
+        points = [point for point in result["points"] if point["heads"] == number]
+        for i, name in enumerate(result["kernels"]):
+            for gate, marker, style in zip(gates, "os", ("-", ":")):
+                curve = [(point["tokens"], point["kernels"][name]["us"]) for point in points
+                         if point["gate"] == gate and "us" in point["kernels"][name]]
+                if curve:
+                    panel.plot(*zip(*curve), marker + style, color="C%d" % i, markersize=3, linewidth=1.2,
+                               label="%s, %s gate" % (LABELS[name], gate))
+        floor = {point["tokens"]: floor_us(point["floor_bytes"], CONVENTION_TBPS) for point in points}
+        panel.plot(list(floor), list(floor.values()), "--", color="black", linewidth=1,
+                   label="floor at %.1f TB/s" % CONVENTION_TBPS)
+        panel.set_xscale("log", base=2)
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: "%d" % x))
+        panel.set_yscale("log")
+        panel.set_title("%d heads" % number, fontsize=10)
+        panel.tick_params(labelsize=7)
+        panel.grid(True, linewidth=0.3)
+        panel.set(xlabel="tokens", ylabel="µs")
+        panel.label_outer()
+    for panel in panels[len(heads):]:
+        panel.set_axis_off()
+    curves = {}  # of all panels, by label: a peer may be missing from any of them
+    for panel in panels:
+        for curve, label in zip(*panel.get_legend_handles_labels()):
+            curves.setdefault(label, curve)
+    figure.legend(curves.values(), curves.keys(), loc="outside lower center", ncols=min(4, len(curves)), fontsize=8)
+    figure.suptitle(result["device"]["name"])
+    figure.savefig(str(path), dpi=120)
+    return True
+
+
+def write_plot(draw: Callable[[Result, Path], bool], result: Result, json_path: Path) -> Optional[Path]:
+    """Draws a result's plot beside it; returns its path, or None without matplotlib."""
+    png = json_path.with_suffix(".png")
+    if draw(result, png):
+        return png
+    print("no plot: matplotlib is not installed")
+    if png.exists():
+        png.unlink()  # a plot of an earlier run would pass for this one's
+    return None
+
+
 def write_companions(json_path: Path) -> List[Path]:
     """Writes the plot and the Markdown beside a result; returns what was written."""
     result = json.loads(json_path.read_text(encoding="utf-8"))
-    png, md = json_path.with_suffix(".png"), json_path.with_suffix(".md")
-    if not plot(result, png):
-        print("no plot: matplotlib is not installed")
-        if png.exists():
-            png.unlink()  # a plot of an earlier run would pass for this one's
-    md.write_text(markdown(result, png.name if png.exists() else None), encoding="utf-8")
-    return [path for path in (png, md) if path.exists()]
+    png, md = write_plot(plot, result, json_path), json_path.with_suffix(".md")
+    md.write_text(markdown(result, png.name if png else None), encoding="utf-8")
+    return [path for path in (png, md) if path]
 
 
 def load_results(folder: Path) -> Dict[str, Result]:
@@ -245,11 +307,48 @@ def load_results(folder: Path) -> Dict[str, Result]:
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
 
 
-def _section(result: Result, table: str, image: Optional[str] = None) -> str:
-    parts = ["**%s**: %s" % (result["device"]["name"], provenance(result)), table]
-    if image:
-        parts.append("![Time over the memory floor, a bar a row](%s)" % image)
-    return "\n\n".join(parts)
+def plan_table(result: Result) -> str:
+    """What a launch and each part of the work costs, in microseconds, a line each."""
+    return _table(["part", "one of them is", "µs"],
+                  [["`%s`" % part, PLAN_UNITS[part], "%.3g" % us] for part, us in result["costs"].items()],
+                  text_columns=2)
+
+
+def plan_summary(result: Result) -> str:
+    """How well the costs explain the times measured, and where the plan's choice lost most."""
+    errors = [abs(point["fitted_us"] / point["us"] - 1) for point in result["points"]]
+    worst = max(result["choices"], key=lambda x: x["us"] / x["best_us"])
+    return ("%d points; relative error of the fit: median %.1f %%, worst %.1f %%. Of %d shapes the plan's worst choice is at "
+            "T%d-H%d: number of segments %d, %.1f µs, which is %.2f times the quickest measured, number of segments %d, %.1f µs." % (
+                len(errors), 100 * statistics.median(errors), 100 * max(errors), len(result["choices"]),
+                worst["tokens"], worst["heads"], worst["segments"], worst["us"], worst["us"] / worst["best_us"],
+                worst["best_segments"], worst["best_us"]))
+
+
+def plan_text(result: Result) -> str:
+    return plan_table(result) + "\n\n" + plan_summary(result)
+
+
+def _scaling_cell(point: Optional[Dict]) -> str:
+    """Our microseconds and, in brackets, the quickest peer's time over ours."""
+    if point is None:
+        return ""
+    us = point["kernels"][OURS]["us"]
+    peers = [x["us"] for name, x in point["kernels"].items() if name != OURS and "us" in x]
+    return "%.1f (%s)" % (us, "%.2f" % (min(peers) / us) if peers else "—")
+
+
+def scaling_table(result: Result) -> str:
+    """A line a gate and number of heads, a column a length."""
+    points = {(x["gate"], x["heads"], x["tokens"]): x for x in result["points"]}
+    lengths = sorted({tokens for _, _, tokens in points})
+    return _table(["gate", "heads"] + ["T = %d" % tokens for tokens in lengths],
+                  [[gate, str(heads)] + [_scaling_cell(points.get((gate, heads, tokens))) for tokens in lengths]
+                   for gate, heads in dict.fromkeys((gate, heads) for gate, heads, _ in points)], text_columns=1)
+
+
+def scaling_text(result: Result) -> str:
+    return "flash_kda's µs; in brackets, times as long the quickest peer takes.\n\n" + scaling_table(result)
 
 
 def ladder_table(history: History) -> str:
@@ -257,9 +356,9 @@ def ladder_table(history: History) -> str:
     row, = select(history["row"])
     floor = floor_us(row.floor_bytes, CONVENTION_TBPS)
     lines = []
-    for number, version in enumerate(history["versions"], 1):
+    for version in history["versions"]:
         commit, predicted, measured = version["commit"], version["predicted_us"], version["measured_us"]
-        lines.append([str(number), version["change"], "`%s`" % commit[:7] if commit else "—", version["finding"] or "",
+        lines.append([str(version["version"]), version["change"], "`%s`" % commit[:7] if commit else "—", version["finding"] or "",
                       "%g" % predicted if predicted else "—", "–".join("%g" % us for us in measured),
                       "–".join("%.2f" % (us / floor) for us in measured)])
     return _table(["", "what changed", "commit", "what it taught", "predicted µs", "measured µs", "× floor"], lines,
@@ -280,29 +379,50 @@ def profile_table(history: History) -> str:
     return _table(["Nsight Compute", "value", "version"], lines, text_columns=1)
 
 
-def _history(table: Callable[[History], str], folder: Path) -> str:
+class Kind(NamedTuple):
+    """A kind of block that shows a result of every device."""
+    folder: str                     # of results/, where these results lie
+    text: Callable[[Result], str]
+    image: Optional[str]            # what the plot beside the result shows, where the block has it
+    absent: str                     # what stands there without results
+
+
+KINDS = {
+    "summary": Kind("", summary_table, "Time over the memory floor, a bar a row", NO_RESULTS),
+    "rows": Kind("", rows_table, None, NO_RESULTS),
+    "accuracy": Kind("", accuracy_table, None, NO_RESULTS),
+    "plan": Kind("plan", plan_text, None, NOT_MEASURED),
+    "scaling": Kind("scaling", scaling_text, "Time over the length of one sequence", NOT_MEASURED),
+}
+HISTORIES = {"ladder": ("versions", ladder_table), "tried": ("tried", tried_table), "profile": ("profile", profile_table)}
+
+
+def _result_sections(kind: Kind, document: Path, folder: Path) -> str:
+    sections = []
+    for stem, result in load_results(folder / kind.folder).items():
+        sections += ["**%s**: %s" % (result["device"]["name"], provenance(result)), kind.text(result)]
+        png = folder / kind.folder / (stem + ".png")
+        if kind.image and png.exists():
+            link = os.path.relpath(str(png), str(document.parent)).replace(os.sep, "/")
+            sections.append("![%s](%s)" % (kind.image, link))
+    return "\n\n".join(sections) or kind.absent
+
+
+def _history_sections(entries: str, table: Callable[[History], str], folder: Path) -> str:
     path = folder / "ladder" / "history.json"
-    if not path.exists():
-        return NOT_MEASURED
-    history = json.loads(path.read_text(encoding="utf-8"))
-    return "**%s**: %s, %s gate.\n\n%s" % (history["device"], history["row"], history["gate"], table(history))
+    histories = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    return "\n\n".join("**%s**: %s, %s gate.\n\n%s" % (history["device"], history["row"], history["gate"], table(history))
+                       for history in histories if history[entries]) or NOT_MEASURED
 
 
 def _block(name: str, document: Path, folder: Path) -> str:
-    histories = {"ladder": ladder_table, "tried": tried_table, "profile": profile_table}
-    if name in histories:
-        return "\n" + _history(histories[name], folder) + "\n"
-    tables = {"summary": summary_table, "rows": rows_table, "accuracy": accuracy_table}
-    if name not in tables:
+    if name in KINDS:
+        text = _result_sections(KINDS[name], document, folder)
+    elif name in HISTORIES:
+        text = _history_sections(*HISTORIES[name], folder)
+    else:
         raise ValueError("%s: no such block of results: %r" % (document, name))
-    sections = []
-    for stem, result in load_results(folder).items():
-        png = folder / (stem + ".png")
-        image = None
-        if name == "summary" and png.exists():
-            image = os.path.relpath(str(png), str(document.parent)).replace(os.sep, "/")
-        sections.append(_section(result, tables[name](result), image))
-    return "\n" + ("\n\n".join(sections) or NO_RESULTS) + "\n"
+    return "\n" + text + "\n"
 
 
 _BLOCK = re.compile(r"(<!-- results:begin ([^>]*?) -->)(.*?)(<!-- results:end -->)", re.DOTALL)

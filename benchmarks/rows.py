@@ -2,7 +2,8 @@
 
 Plain Python, so that reports can be made from recorded results on a machine without PyTorch.
 """
-from typing import List, NamedTuple, Tuple
+import argparse
+from typing import Callable, List, NamedTuple, Sequence, Tuple
 
 HEAD_DIM = 128  # K and V
 BF16_BYTES, FP32_BYTES = 2, 4
@@ -80,3 +81,14 @@ def select(names: str) -> List[Row]:
         raise ValueError("no such row or group: %s; groups: %s; rows: %s" % (
             ", ".join(unknown) or repr(names), ", ".join(GROUPS), ", ".join(row.name for row in ROWS)))
     return [row for row in ROWS if row.group in wanted or row.name in wanted]
+
+
+def some_of(known: Sequence[str]) -> Callable[[str], List[str]]:
+    """An argparse type: comma-separated names, none twice, each a known one."""
+    def parse(text: str) -> List[str]:
+        names = list(dict.fromkeys(name for name in text.split(",") if name))
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise argparse.ArgumentTypeError("unknown: %s; known: %s" % (", ".join(unknown), ", ".join(known)))
+        return names
+    return parse

@@ -2,8 +2,10 @@
 
 The figures in `synthetic` are made up for these tests; nothing of them is a measurement.
 """
+import importlib
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -20,8 +22,10 @@ import bench_fwd  # noqa: E402
 import kernels  # noqa: E402
 import measure  # noqa: E402
 import profile_row  # noqa: E402
+import record  # noqa: E402
 import report  # noqa: E402
 import rows  # noqa: E402
+import scaling  # noqa: E402
 
 
 def entry(name, gate, ours, **peers):
@@ -53,13 +57,44 @@ def synthetic():
 @pytest.fixture
 def history():
     return {"device": "Test GPU", "row": "T8192-H96", "gate": "slow",
-            "versions": [{"change": "first", "commit": "0123456789abcdef", "predicted_us": 500, "measured_us": [679.5],
-                          "finding": "waits"},
-                         {"change": "second", "commit": None, "predicted_us": None, "measured_us": [340, 509.6],
-                          "finding": None}],
+            "versions": [{"version": 1, "change": "first", "commit": "0123456789abcdef", "predicted_us": 500,
+                          "measured_us": [679.5], "finding": "waits"},
+                         {"version": 2, "change": "second", "commit": None, "predicted_us": None,
+                          "measured_us": [340, 509.6], "finding": None}],
             "tried": [{"change": "slower", "us": 510, "instead_of_us": 480, "finding": "spills"},
                       {"change": "the same", "us": None, "instead_of_us": None, "finding": None}],
             "profile": [{"quantity": "waiting", "value": 12.5, "unit": "%", "version": 2}]}
+
+
+@pytest.fixture
+def later():
+    """A history of the versions after those of `history`, on another device, on which nothing was profiled or dropped."""
+    return {"device": "Another GPU", "row": "T8192-H64", "gate": "random",
+            "versions": [{"version": 2, "change": "second, here", "commit": None, "predicted_us": None,
+                          "measured_us": [453], "finding": None}], "tried": [], "profile": []}
+
+
+@pytest.fixture
+def planned(synthetic):
+    """What fit_plan.py writes: a fit a tenth over, and one exact; a plan that chose best, and one that did not."""
+    costs = {"launch": 6.04, "steps": 0.3611, "compositions": 0.75, "summaries": 3.0}
+    synthetic.update(costs=costs, points=[{"us": 100.0, "fitted_us": 110.0}, {"us": 50.0, "fitted_us": 50.0}], choices=[
+        {"tokens": 32768, "heads": 4, "segments": 9, "us": 400.0, "best_segments": 9, "best_us": 400.0},
+        {"tokens": 4096, "heads": 8, "segments": 5, "us": 78.0, "best_segments": 7, "best_us": 60.0}])
+    return synthetic
+
+
+@pytest.fixture
+def scaled(synthetic):
+    """What scaling.py writes: two numbers of heads, a length missing of one, and a peer that failed at a point."""
+    def point(tokens, heads, us, **peers):
+        figures = {"flash_kda": {"us": us}}
+        figures.update({peer: {"us": them} if them else {"error": "refused"} for peer, them in peers.items()})
+        return {"gate": "slow", "heads": heads, "tokens": tokens, "floor_bytes": 3000 * tokens, "kernels": figures}
+    synthetic["kernels"]["cudnn"] = "0.0.0"
+    synthetic["points"] = [point(512, 4, 10.0, flashkda=30.0, cudnn=20.0), point(1024, 4, 20.0, flashkda=50.0, cudnn=None),
+                           point(512, 96, 40.0, flashkda=None, cudnn=None)]
+    return synthetic
 
 
 @pytest.fixture
@@ -69,7 +104,7 @@ def project(tmp_path, synthetic, history):
     (results / "ladder").mkdir(parents=True)
     (tmp_path / "docs").mkdir()
     (results / "test.json").write_text(json.dumps(synthetic), encoding="utf-8")
-    (results / "ladder" / "history.json").write_text(json.dumps(history), encoding="utf-8")
+    (results / "ladder" / "history.json").write_text(json.dumps([history]), encoding="utf-8")
     (tmp_path / "README.md").write_text(
         "before\n<!-- results:begin summary -->\n<!-- results:end -->\nafter\n", encoding="utf-8")
     (tmp_path / "docs" / "performance.md").write_text(
@@ -191,6 +226,22 @@ def test_ladder_tables(history):
     assert cells(report.profile_table(history))[2:] == [["waiting", "12.5 %", "2"]]
 
 
+def test_plan_text(planned):
+    assert cells(report.plan_table(planned))[2] == ["`launch`", "a call", "6.04"]
+    assert [line[0] + line[2] for line in cells(report.plan_table(planned))[3:]] == [
+        "`steps`0.361", "`compositions`0.75", "`summaries`3"]
+    text = report.plan_text(planned)
+    assert "2 points; relative error of the fit: median 5.0 %, worst 10.0 %" in text
+    assert "Of 2 shapes" in text and "T4096-H8: number of segments 5, 78.0 µs, which is 1.30 times" in text
+    assert "number of segments 7, 60.0 µs." in text
+
+
+def test_scaling_table(scaled):
+    assert cells(report.scaling_table(scaled)) == [
+        ["gate", "heads", "T = 512", "T = 1024"], ["---", "---:", "---:", "---:"],
+        ["slow", "4", "10.0 (2.00)", "20.0 (2.50)"], ["slow", "96", "40.0 (—)", ""]]
+
+
 def test_markdown_says_where_it_comes_from(synthetic):
     text = report.markdown(synthetic)
     for said in ("Test GPU", "2000-01-01", "0123456789ab with local changes", "driver 1.2", "PyTorch 2.4.0",
@@ -213,6 +264,16 @@ def test_plot(tmp_path, synthetic):
     pytest.importorskip("matplotlib")
     assert report.plot(synthetic, tmp_path / "test.png")
     assert (tmp_path / "test.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_of_scaling(tmp_path, scaled):
+    pytest.importorskip("matplotlib")
+    json_path = tmp_path / "test.json"
+    assert report.write_plot(report.plot_scaling, scaled, json_path) == tmp_path / "test.png"
+    one_more = (tmp_path / "test.png").read_bytes()
+    assert one_more.startswith(b"\x89PNG")
+    del scaled["points"][0]["kernels"]["cudnn"]["us"]  # a curve less, and nothing breaks
+    assert report.plot_scaling(scaled, tmp_path / "test.png") and (tmp_path / "test.png").read_bytes() != one_more
 
 
 def test_companions_without_matplotlib(tmp_path, synthetic, monkeypatch, capsys):
@@ -257,6 +318,41 @@ def test_a_typed_figure_and_a_new_result_are_noticed(project, synthetic):
     assert {path.name for path in report.outdated(project)} == {"README.md", "performance.md", "test.md"}
 
 
+def block(name, project):
+    text = "<!-- results:begin %s --><!-- results:end -->" % name
+    return report.regenerate(text, project / "docs" / "performance.md", project / "benchmarks" / "results")
+
+
+def test_a_history_a_device_in_their_order(project, history, later):
+    path = project / "benchmarks" / "results" / "ladder" / "history.json"
+    path.write_text(json.dumps([history, later]), encoding="utf-8")
+    ladder = block("ladder", project)
+    ours, theirs = "**Test GPU**: T8192-H96, slow gate.", "**Another GPU**: T8192-H64, random gate."
+    assert ladder.index(ours) < ladder.index("| 1 | first |") < ladder.index(theirs) < ladder.index("| 2 | second, here |")
+    assert "| 453 | 2.00 |" in ladder  # times the floor of its own row
+    for name in ("tried", "profile"):  # a device without entries is left out
+        assert ours in block(name, project) and "Another GPU" not in block(name, project)
+    path.write_text(json.dumps([later]), encoding="utf-8")
+    assert "-->\nnot measured yet\n<!--" in block("tried", project)
+
+
+@pytest.mark.parametrize("kind, fixture, said", [("plan", "planned", "| `launch` | a call | 6.04 |"),
+                                                 ("scaling", "scaled", "| slow | 4 | 10.0 (2.00) |")])
+def test_blocks_of_plan_and_scaling(project, request, kind, fixture, said):
+    assert "-->\nnot measured yet\n<!--" in block(kind, project)
+    folder = project / "benchmarks" / "results" / kind
+    folder.mkdir()
+    result = request.getfixturevalue(fixture)
+    for stem, device in (("a", "A GPU"), ("b", "B GPU")):
+        result["device"]["name"] = device
+        (folder / (stem + ".json")).write_text(json.dumps(result), encoding="utf-8")
+    (folder / "b.png").write_bytes(b"")
+    text = block(kind, project)
+    assert text.index("**A GPU**: 2000-01-01") < text.index(said) < text.index("**B GPU**: 2000-01-01") < text.rindex(said)
+    link = "![Time over the length of one sequence](../benchmarks/results/scaling/b.png)"
+    assert text.count(".png") == text.count(link) == (1 if kind == "scaling" else 0)
+
+
 def test_a_plot_is_linked_from_where_the_document_stands(project):
     (project / "benchmarks" / "results" / "test.png").write_bytes(b"")
     block = "<!-- results:begin summary --><!-- results:end -->"
@@ -270,7 +366,7 @@ def test_without_results_the_blocks_say_so(project):
     for name in ("summary", "rows", "accuracy"):
         text = report.regenerate("<!-- results:begin %s --><!-- results:end -->" % name, project / "README.md", folder)
         assert "No results are recorded yet" in text
-    for name in ("ladder", "tried", "profile"):
+    for name in ("plan", "scaling", "ladder", "tried", "profile"):
         text = report.regenerate("<!-- results:begin %s --><!-- results:end -->" % name, project / "README.md", folder)
         assert "-->\nnot measured yet\n<!--" in text
 
@@ -296,65 +392,315 @@ def test_this_projects_documents_are_up_to_date():
 @pytest.mark.parametrize("arguments, said", [
     (["--rows", "T1-H1"], "no such row or group: T1-H1"),
     (["--gates", "fast"], "unknown: fast"),
-    (["--peers", "triton"], "unknown: triton"),
+    (["--gates", ""], "no gate is named"),
+    (["--peers", "flashkda,triton"], "unknown: triton"),
 ])
-def test_bench_refuses_unknown_names(arguments, said, capsys):
-    with pytest.raises(SystemExit):
-        bench_fwd.main(arguments)
-    assert said in capsys.readouterr().err
+def test_scripts_refuse_unknown_names(arguments, said, capsys):
+    for main in [bench_fwd.main] + ([] if "--rows" in arguments else [scaling.main]):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert said in capsys.readouterr().err
 
 
-def test_bench_says_that_it_needs_a_gpu(monkeypatch):
+@pytest.fixture
+def fit_plan():
+    pytest.importorskip("flash_kda._C", reason="flash_kda was built without its kernels")
+    return importlib.import_module("fit_plan")
+
+
+@pytest.mark.parametrize("script", [bench_fwd, scaling, "fit_plan"])
+def test_scripts_say_that_they_need_a_gpu(script, monkeypatch, request):
+    script = request.getfixturevalue(script) if isinstance(script, str) else script
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="no CUDA device"):
-        bench_fwd.main([])
+        script.main([])
 
 
-def test_bench_writes_the_rows_that_ran(tmp_path, monkeypatch, capsys):
-    """The whole command with the GPU's part replaced: a row, a gate, a peer that is not there and one that fails."""
-    class Peer:
-        name, version = "fla", "0.0.0"
-
-    def no_peer():
-        raise ImportError("not installed")
-
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU's part in the scripts replaced: problems without contents, and a call that returns None is one that fails."""
     def device_us(call):
         if call() is None:
             raise RuntimeError("refused\nat length")
         return 500.0, [490.0, 510.0]
 
-    ours = type("Ours", (), {"version": "0.0.0", "name": "flash_kda",
-                             "__call__": lambda self, p: (p.v, p.initial_state)})
-    monkeypatch.setattr(kernels, "KERNELS", {
-        "flash_kda": ours, "flashkda": no_peer, "fla": type("Fla", (Peer,), {"__call__": lambda self, p: None})})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Test GPU")
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(bench_fwd, "device_state", lambda: {"name": "Test GPU", "driver": None, "sm_mhz": None})
+    monkeypatch.setattr(record, "device_state", lambda: {"name": "Test GPU", "driver": None, "sm_mhz": None})
     monkeypatch.setattr(measure, "problem", lambda row, gate: type("P", (), {"v": 1, "initial_state": 2}))
-    monkeypatch.setattr(measure, "accuracy", lambda call, p: dict(zip(("out", "state"), (0.25 * x for x in call(p)))))
     monkeypatch.setattr(measure, "copy_tbps", lambda: 2.5)
     monkeypatch.setattr(measure, "device_us", device_us)
     monkeypatch.setattr(measure, "host_us", lambda call: 9.0)
 
+
+def implementations(monkeypatch):
+    """Ours; FlashKDA, which is not installed; and cuDNN, which refuses every shape."""
+    def not_installed():
+        raise ImportError("not installed")
+
+    def implementation(name, call):
+        return type(name, (), {"name": name, "version": "0.0.0", "__call__": call})
+
+    monkeypatch.setattr(kernels, "KERNELS", {
+        "flash_kda": implementation("flash_kda", lambda self, p: (p.v, p.initial_state)), "flashkda": not_installed,
+        "cudnn": implementation("cudnn", lambda self, p: None)})
+
+
+def test_bench_writes_the_rows_that_ran(tmp_path, monkeypatch, gpu, capsys):
+    """A row, a gate, a peer that is not there and one that fails."""
+    implementations(monkeypatch)
+    monkeypatch.setattr(measure, "accuracy", lambda call, p: dict(zip(("out", "state"), (0.25 * x for x in call(p)))))
+
     bench_fwd.main(["--rows", "many", "--gates", "slow", "--out", str(tmp_path / "new" / "run")])
     printed = capsys.readouterr().out
     assert "flashkda is left out: ImportError: not installed" in printed
-    assert "[1/1] slow" in printed and "fla: RuntimeError: refused" in printed
+    assert "[1/1] slow" in printed and "cudnn: RuntimeError: refused" in printed
     result = json.loads((tmp_path / "new" / "run.json").read_text(encoding="utf-8"))
     measured, = result["rows"]
     assert (measured["row"], measured["gate"], measured["lens"]) == ("T16384-H32-N64", "slow", [256] * 64)
     assert measured["kernels"]["flash_kda"] == {"us": 500.0, "us_quartiles": [490.0, 510.0], "host_us": 9.0}
-    assert measured["kernels"]["fla"] == {"error": "RuntimeError: refused"}
+    assert measured["kernels"]["cudnn"] == {"error": "RuntimeError: refused"}
     assert result["accuracy"][0] == {"gate": "slow", "kernel": "flash_kda", "out": 0.25, "state": 0.5}
     assert "error" in result["accuracy"][1] and result["bandwidth_tbps"] == {"convention": 3.0, "copy": 2.5}
     assert "T16384-H32-N64" in (tmp_path / "new" / "run.md").read_text(encoding="utf-8")
 
 
+def test_ours_may_not_fail(monkeypatch, gpu):
+    monkeypatch.setattr(kernels, "KERNELS", {"flash_kda": lambda: type("Ours", (), {
+        "name": "flash_kda", "version": "0.0.0", "__call__": lambda self, p: None})()})
+    with pytest.raises(RuntimeError, match="refused"):
+        scaling.measure_point(kernels.load([]), scaling.shapes()[0], "slow")
+
+
+def test_scaling_writes_a_point_a_shape(tmp_path, monkeypatch, gpu, capsys):
+    implementations(monkeypatch)
+    monkeypatch.setattr(scaling, "HEADS", (64, 96))
+    scaling.main(["--gates", "slow,random", "--out", str(tmp_path / "new" / "run")])
+    printed = capsys.readouterr().out
+    assert "flashkda is left out: ImportError: not installed" in printed
+    assert "[1/22] slow    T512-H64   flash_kda 500.0 us | cudnn RuntimeError: refused" in printed
+    result = json.loads((tmp_path / "new" / "run.json").read_text(encoding="utf-8"))
+    lengths = [512, 1024, 2048, 4096, 8192, 16384]  # the longest on 64 heads; 96 leave it out
+    assert [(x["gate"], x["heads"], x["tokens"]) for x in result["points"]] == [
+        (gate, heads, tokens) for gate in ("slow", "random") for heads in (64, 96)
+        for tokens in lengths[:6 if heads == 64 else 5]]
+    assert result["points"][0]["kernels"] == {"flash_kda": {"us": 500.0}, "cudnn": {"error": "RuntimeError: refused"}}
+    assert result["points"][0]["floor_bytes"] == 64 * (512 * 1280 + 2 * 128 * 128 * 4)
+    assert "cuDNN 0.0.0" in report.provenance(result) and "500.0 (—)" in report.scaling_text(result)
+
+
+def test_results_are_named_after_the_device(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(record, "HERE", tmp_path)
+    assert record.json_path("", None) == tmp_path / "results" / "nvidia-h100-80gb-hbm3.json"
+    assert record.json_path("plan", None) == tmp_path / "results" / "plan" / "nvidia-h100-80gb-hbm3.json"
+    assert record.json_path("plan", str(tmp_path / "v1.2")) == tmp_path / "v1.2.json"
+    assert (tmp_path / "results" / "plan").is_dir()
+
+
 def test_source_state_without_git(monkeypatch):
-    monkeypatch.setattr(bench_fwd, "_output", lambda *command: None)
+    monkeypatch.setattr(record, "_output", lambda *command: None)
     monkeypatch.setenv("FLASH_KDA_COMMIT", "abc")
-    assert bench_fwd.source_state() == {"commit": "abc", "dirty": None}
+    assert record.source_state() == {"commit": "abc", "dirty": None}
+
+
+# ---- the plan's costs
+
+COSTS = {"launch": 5.0, "steps": 0.25, "compositions": 0.75, "summaries": 3.0}
+
+
+def test_fit_finds_the_costs_of_which_times_are_made(fit_plan, tmp_path, monkeypatch, gpu, capsys):
+    """The whole command on times that follow from the plan, but for one shape where another cut is twice as fast."""
+    from flash_kda import _C
+
+    def time_us(p, segments):
+        if p == (8192, 8) and segments is None:
+            return 1e3
+        work = _C.plan(1, *p, False, segments or 0, 132).work
+        return COSTS["launch"] + sum(COSTS[part] * getattr(work, part) for part in fit_plan.PARTS)
+
+    monkeypatch.setattr(measure, "problem", lambda row, gate: (row.tokens, row.heads))
+    monkeypatch.setattr(fit_plan, "time_us", time_us)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: type("D", (), {"multi_processor_count": 132}))
+    fit_plan.main(["--out", str(tmp_path / "run")])
+    result = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
+    assert result["costs"] == pytest.approx(COSTS)
+    assert list(result["costs"]) == list(report.PLAN_UNITS)
+    assert all(x["fitted_us"] == pytest.approx(x["us"]) for x in result["points"])
+    assert {x["segments"] for x in result["points"]} == set(fit_plan.SEGMENTS)
+    assert len(result["choices"]) == len(fit_plan.LENGTHS) * len(fit_plan.HEADS)
+    chosen, = (x["segments"] for x in result["choices"] if (x["tokens"], x["heads"]) == (8192, 8))
+    assert chosen == _C.plan(1, 8192, 8, False, 0, 132).segments > 1
+    printed = capsys.readouterr().out
+    assert "worst choice is at T8192-H8" in printed and "worst 0.0 %" in printed
+
+
+def test_fit_refuses_to_guess_a_cost(fit_plan):
+    work = dict.fromkeys(fit_plan.PARTS, 1.0)
+    with pytest.raises(ValueError, match="no measurement has any summaries"):
+        fit_plan.fit([{"us": 10.0, "work": dict(work, summaries=0.0)}])
+
+
+@pytest.mark.parametrize("tokens, heads, segments, worth", [
+    (512, 4, 16, True), (511, 4, 16, False), (8192, 22, 4, True), (8192, 23, 4, False), (512, 96, 1, True)])
+def test_cuts_worth_measuring(fit_plan, tokens, heads, segments, worth):
+    assert fit_plan.worth_measuring(tokens, heads, segments, 132) is worth
+
+
+def typed_costs(source):
+    """The constants in Work::microseconds() of plan.cpp, by the part of the work; what has no part is the launch's."""
+    terms = re.search(r"double Work::microseconds\(\) const \{\s*return ([^;]*);\s*\}", source).group(1).split("+")
+    split = [[word.strip() for word in term.split("*")] for term in terms]
+    return {(term + ["launch"])[1]: float(term[0]) for term in split}
+
+
+def off(typed, fitted):
+    """The parts of which the typed cost is neither the fitted one to two digits nor within 5 % of it."""
+    return [part for part in sorted(set(typed) | set(fitted)) if part not in typed or part not in fitted or not (
+        typed[part] == float("%.2g" % fitted[part]) or abs(typed[part] - fitted[part]) <= 0.05 * abs(fitted[part]))]
+
+
+def test_typed_costs_are_held_to_the_fitted():
+    source = "double Work::microseconds() const {\n    return 6.0 + 0.5 * steps +\n        3 * summaries;\n}\n"
+    typed = typed_costs(source)
+    assert typed == {"launch": 6.0, "steps": 0.5, "summaries": 3.0}
+    assert off(typed, {"launch": 5.8, "steps": 0.5049, "summaries": 2.96}) == []
+    assert off(typed, {"launch": 6.4, "steps": 0.53, "summaries": 3.1}) == ["launch", "steps"]
+    assert off(typed, {"launch": 6.0, "compositions": 0.5, "summaries": 3.0}) == ["compositions", "steps"]
+
+
+def test_the_plans_costs_are_those_fitted():
+    typed = typed_costs((ROOT / "csrc" / "plan.cpp").read_text(encoding="utf-8"))
+    results = report.load_results(BENCHMARKS / "results" / "plan")
+    if not results:
+        pytest.skip("the plan's costs have not been fitted yet: results/plan/ is empty")
+    assert {stem: off(typed, result["costs"]) for stem, result in results.items()} == dict.fromkeys(results, [])
+
+
+# ---- cuDNN's kernel, without a GPU to run it
+
+class Driver:
+    """The driver calls that the adapter makes; each launch is kept."""
+    class CUfunction_attribute:
+        CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
+
+    def __init__(self):
+        self.launches, self.status = [], 0
+
+    def cuModuleLoadData(self, image):
+        assert image == b"cubin"
+        return 0, "module"
+
+    def cuModuleGetFunction(self, module, name):
+        return 0, (module, name)
+
+    def cuFuncSetAttribute(self, function, attribute, value):
+        return (0,)
+
+    def cuLaunchKernel(self, *arguments):
+        self.launches.append(arguments)
+        return (self.status,)
+
+
+@pytest.fixture
+def cudnn(tmp_path, monkeypatch):
+    """The adapter on a driver that only records, and that driver."""
+    driver = Driver()
+    bindings = type(sys)("cuda.bindings")
+    bindings.driver = driver
+    for name, module in (("cuda", type(sys)("cuda")), ("cuda.bindings", bindings)):
+        monkeypatch.setitem(sys.modules, name, module)
+    (tmp_path / "kda_fused_sm90.cu").write_text("")
+    monkeypatch.setenv("PEERS_DIR", str(tmp_path))
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(kernels.CudnnKda, "_compile", staticmethod(lambda source: b"cubin"))
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *size, device=None, **rest: zeros(*size, **rest))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: type("S", (), {"cuda_stream": 7}))
+    return kernels.CudnnKda(), driver
+
+
+@pytest.mark.parametrize("lens, heads, pieces, bounds", [
+    ((1024,), 4, 64, [0, 1024]),  # as many pieces as chunks
+    ((8192,), 4, 66, [0, 8192]),  # as fill the GPU twice
+    ((40, 24), 4, 2, [0, 40, 64]),  # as many as a mean sequence has chunks
+    ((5, 0, 3), 2, 1, [0, 5, 5, 8]),
+    ((16,), 300, 1, [0, 16]),
+])
+def test_cudnn_is_launched_on_what_it_reads(cudnn, lens, heads, pieces, bounds):
+    kernel, driver = cudnn
+    p = measure.problem(rows.Row("test", "test", heads, lens), "slow", device="cpu")
+    out, state = kernel(p)
+    kernel(p)
+    assert out.shape == p.v.shape and out.dtype == torch.bfloat16
+    assert state.shape == p.initial_state.shape and state.dtype == torch.float32
+    (function, x, y, z, *block, smem, stream, (values, types), extra), again = driver.launches
+    assert function == ("module", b"kda_fused") and (x, y, z) == (heads, len(lens) * pieces, 1)
+    assert block == [128, 1, 1] and smem == 94464 and stream == 7 and extra == 0 and len(values) == len(types) == 17
+    g, beta, cu_seqlens = kernel.converted
+    assert g.dtype == beta.dtype == torch.float32 and torch.equal(g, p.g.float()) and torch.equal(beta, p.beta.float())
+    assert cu_seqlens.dtype == torch.int32 and cu_seqlens.tolist() == bounds
+    assert values[:7] == tuple(t.data_ptr() for t in (p.q, p.k, p.v, g, beta, cu_seqlens, p.initial_state))
+    assert values[9:12] == (len(lens), heads, pieces) and values[12:14] == (p.A_log.data_ptr(), p.dt_bias.data_ptr())
+    assert values[14:] == (-5.0, p.scale, heads)
+    assert again[-2][0][3:6] == values[3:6]  # converted once
+    other = measure.problem(rows.Row("test", "test", heads, lens), "slow", device="cpu", seed=1)
+    kernel(other)
+    assert torch.equal(kernel.converted[0], other.g.float())
+
+
+def test_cudnn_reports_the_drivers_errors(cudnn):
+    kernel, driver = cudnn
+    driver.status = 700
+    with pytest.raises(RuntimeError, match="700"):
+        kernel(measure.problem(rows.Row("test", "test", 1, (16,)), "slow", device="cpu"))
+
+
+def test_cudnn_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("PEERS_DIR", str(tmp_path))
+    with pytest.raises(ImportError, match="kda_fused_sm90.cu: install nvidia-cudnn-frontend"):
+        kernels.CudnnKda()
+    (tmp_path / "kda_fused_sm90.cu").write_text("")
+    monkeypatch.setitem(sys.modules, "cuda", None)
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    with pytest.raises(ImportError, match="install cuda-bindings"):
+        kernels.CudnnKda()
+
+
+def nvcc(folder, body):
+    """A folder for CUDA_HOME with an nvcc of this shell script, which passes for CUDA 13.0."""
+    program = folder / "bin" / "nvcc"
+    program.parent.mkdir(parents=True)
+    program.write_text("#!/bin/sh\n" + body, encoding="utf-8")
+    program.chmod(0o755)
+    return folder
+
+
+def test_cudnn_is_compiled_for_hopper(tmp_path, monkeypatch):
+    source = tmp_path / "kernel.cu"
+    monkeypatch.setattr(kernels.runpy, "run_path", lambda path: {
+        "find_cuda": lambda: type("Cuda", (), {"nvcc": home / "bin" / "nvcc"}), "ToolchainError": KeyError})
+    home = nvcc(tmp_path / "works", 'echo "$@" > %s/arguments\nfor last; do [ "$previous" = -o ] && printf cubin > "$last"; '
+                                    'previous=$last; done\n' % tmp_path)
+    assert kernels.CudnnKda._compile(source) == b"cubin"
+    arguments = (tmp_path / "arguments").read_text(encoding="utf-8").split()
+    assert "-arch=sm_90a" in arguments and "-DKDA_FUSED_FLAGS=7" in arguments and arguments[-1] == str(source)
+    home = nvcc(tmp_path / "fails", "echo cannot; exit 1\n")
+    with pytest.raises(RuntimeError, match="nvcc: cannot"):
+        kernels.CudnnKda._compile(source)
+
+
+def test_cudnn_needs_a_toolkit(monkeypatch, tmp_path):
+    find = {}
+    monkeypatch.setattr(kernels.runpy, "run_path", lambda path: find)
+
+    def find_cuda():
+        raise KeyError("none")
+    find.update(find_cuda=find_cuda, ToolchainError=KeyError)
+    with pytest.raises(ImportError, match="install the CUDA toolkit"):
+        kernels.CudnnKda._compile(tmp_path / "kernel.cu")
 
 
 # ---- profiling
