@@ -70,7 +70,7 @@ Work segmented_work(const Lengths& lengths, int64_t heads, const Plan& plan) {
 }  // namespace
 
 double Work::microseconds() const {
-    return 6.1 + 0.55 * steps + 3.1 * compositions + 5.2 * summaries;
+    return 6.1 + 0.55 * steps + 3.1 * compositions + 5.6 * summaries;
 }
 
 Plan make_plan(int64_t num_sequences, int64_t tokens, int64_t heads, bool packed, int num_segments, int sms) {

@@ -9,7 +9,7 @@ python=${PYTHON:-../.venv/bin/python}
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 
 # Warps hand shared memory over by one lane's arrival on an mbarrier after __syncwarp: an indirect dependency for the other lanes.
-for tool in "memcheck" "racecheck --racecheck-indirect-barrier-dependency yes"; do
+for tool in "memcheck" "racecheck --racecheck-indirect-barrier-dependency"; do
     echo "== $tool"
     # shellcheck disable=SC2086  # two words
     compute-sanitizer --tool $tool --error-exitcode 1 "$python" sanitize.py
