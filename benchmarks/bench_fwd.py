@@ -9,7 +9,7 @@ For each row: GPU microseconds (CUDA-graph replay, cold L2 cache), host microsec
 memory floor: the time its unavoidable bytes take at 3.0 TB/s, and at the copy bandwidth measured on this device.
 Before them, the error of each implementation against the fp64 reference. Writes OUT.json, OUT.md and, where
 matplotlib is installed, OUT.png; `python benchmarks/report.py` then brings the documents' tables up to date.
-The commit is read from git, or from FLASH_KDA_COMMIT in a tree without it.
+The commit is FLASH_KDA_COMMIT, for a tree that was copied, or else read from git.
 """
 import argparse
 import json

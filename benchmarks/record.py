@@ -25,10 +25,13 @@ def _output(*command: str) -> Optional[str]:
 
 
 def source_state() -> Dict:
-    """The commit measured, and whether tracked files differed from it (None where git cannot say)."""
-    commit = _output("git", "rev-parse", "HEAD")
-    if commit is None:
-        return {"commit": os.environ.get("FLASH_KDA_COMMIT"), "dirty": None}
+    """The commit measured, and whether tracked files differed from it (None where git cannot say).
+
+    FLASH_KDA_COMMIT names it for a tree that was copied: what git says there, if anything, is of another one.
+    """
+    commit = os.environ.get("FLASH_KDA_COMMIT") or _output("git", "rev-parse", "HEAD")
+    if commit is None or "FLASH_KDA_COMMIT" in os.environ:
+        return {"commit": commit, "dirty": None}
     return {"commit": commit, "dirty": bool(_output("git", "status", "--porcelain", "--untracked-files=no"))}
 
 
