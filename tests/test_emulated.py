@@ -217,7 +217,7 @@ def test_a_mistake_is_found(kernel, tmp_path, name):
 
 
 RACES = {
-    "lanes not waited for": (("prepare.cuh", "        __syncwarp();   // every lane has its part of kd\n", ""), "a write after a read"),
+    "lanes not waited for": (("prepare.cuh", "        __syncwarp();\n\n        // Row i", "        // Row i"), "a (write after a read|read after a write)"),
     "a stage released too early": (("recurrence.cuh", "        __syncwarp();   // every lane has read\n", ""), "a write after a read.* copy engine"),
     "the other CTA's stages not waited for": (("load.cuh", "            mbarrier_wait(smem_address(&smem.free[mail.slot]), mail.parity ^ 1);   // passes in the first turn\n", ""), ""),
     "values not waited for": (("load.cuh", "            mbarrier_wait(smem_address(&smem.values_empty[turn.slot]), turn.parity ^ 1);\n", ""), ""),
