@@ -12,7 +12,6 @@ matplotlib is installed, OUT.png; `python benchmarks/report.py` then brings the 
 The commit is FLASH_KDA_COMMIT, for a tree that was copied, or else read from git.
 """
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Dict, List, Optional
@@ -89,9 +88,7 @@ def main(argv: Optional[List[str]] = None) -> None:
             result["rows"].append(entry)
             print("[%d/%d] %s" % (len(result["rows"]), total, report.progress_line(result, entry)), flush=True)
             torch.cuda.empty_cache()
-            result["device"] = record.device_state()  # after a row, with the clocks still where the work put them
-            # After every row, so that a run cut short leaves what it has measured.
-            json_path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            record.save(result, json_path)
     for path in [json_path] + report.write_companions(json_path):
         print("wrote %s" % path)
 

@@ -10,7 +10,6 @@ The costs are then typed into csrc/plan.cpp; a test holds the two together. Choi
 installed flash_kda was built with: run it again after typing new ones.
 """
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Dict, List, Optional, Tuple
@@ -106,9 +105,8 @@ def main(argv: Optional[List[str]] = None) -> None:
                 tokens, heads, ", ".join("%d: %.1f" % (x["segments"], x["us"]) for x in points),
                 choice["segments"], choice["us"]), flush=True)
             torch.cuda.empty_cache()
-    result["device"] = record.device_state()
     result["costs"] = fit(result["points"])
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    record.save(result, path)
     print("costs: %s" % ", ".join("%s %.4g" % cost for cost in result["costs"].items()))
     print(report.plan_summary(result))
     print("wrote %s" % path)

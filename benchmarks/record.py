@@ -1,5 +1,6 @@
 """What a result says of how it came about: the commit, the device, the versions; and where it is written."""
 import datetime
+import json
 import os
 import platform
 import re
@@ -67,3 +68,12 @@ def json_path(kind: str, out: Optional[str]) -> Path:
     stem = Path(out) if out else HERE / "results" / kind / slug
     stem.parent.mkdir(parents=True, exist_ok=True)
     return stem.with_name(stem.name + ".json")
+
+
+def save(result: Dict, path: Path) -> None:
+    """Writes what is measured so far, with the device's clocks where the work just done has put them.
+
+    Called after every point, it leaves of a run cut short what that has measured.
+    """
+    result["device"] = device_state()
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -9,7 +9,6 @@ OUT.json and, where matplotlib is installed, OUT.png; `python benchmarks/report.
 to date.
 """
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Dict, List, Optional
@@ -69,9 +68,7 @@ def main(argv: Optional[List[str]] = None) -> None:
                 "%s %s" % (name, "%.1f us" % x["us"] if "us" in x else x["error"])
                 for name, x in point["kernels"].items())), flush=True)
             torch.cuda.empty_cache()
-            result["device"] = record.device_state()  # after a point, with the clocks still where the work put them
-            # After every point, so that a run cut short leaves what it has measured.
-            json_path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            record.save(result, json_path)
     print("wrote %s" % json_path)
     png = report.write_plot(report.plot_scaling, result, json_path)
     if png:
