@@ -5,6 +5,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "sm90/config.h"
+
 namespace flash_kda {
 
 using sm90::Sharing;
@@ -13,8 +15,6 @@ namespace {
 
 // Numbers of chains are counted in 32 bits, coordinates of a tensor map in 31.
 constexpr int64_t kMax31 = std::numeric_limits<int32_t>::max();
-
-constexpr int kChunk = 16;
 
 constexpr int kFewChains = 16;   // an SM: with more, even a long one is no hurry
 
@@ -89,7 +89,7 @@ Plan make_plan(int64_t num_sequences, int64_t tokens, int64_t heads, bool packed
 
     // What is not known of a pack without a sync is how long its sequences are. They are taken once to be all equal, and once for a pack
     // whose longest is three times as long as their mean.
-    const int chunks = static_cast<int>(divide_up(tokens, kChunk));
+    const int chunks = static_cast<int>(divide_up(tokens, sm90::kChunk));
     const int mean = packed ? static_cast<int>(divide_up(chunks, num_sequences)) : chunks;
     const int long_one = packed ? static_cast<int>(std::min<int64_t>(chunks, 3 * int64_t{mean})) : chunks;
     const Lengths even = {num_sequences, mean, mean};

@@ -71,7 +71,7 @@ __device__ inline void mail_chunks(SharedStorage& smem) {
     };
     for (uint32_t n = 0; const Chain* next = await_chain(smem, n); give_back_chain(smem, n++)) {
         const Chain& chain = *next;
-        for (int n = chain.compositions * kSummaryPieces; n > 0; --n, ++pieces)
+        for (int left = chain.compositions * kSummaryPieces; left > 0; --left, ++pieces)
             await_stage();   // not to be mailed, but every turn must be seen
         const int chunks = chain.chunks();
         for (int chunk = (begun ^ rank) & 1; chunk < chunks; chunk += kPair, ++number) {

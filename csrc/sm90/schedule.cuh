@@ -1,7 +1,7 @@
 // Which part of the work a pair of CTAs does, and in what order.
 //
-// The chains lie end to end on a line, heads of a sequence side by side, each as long as its chunks, and the line is cut into spans of equal
-// length, one a pair (R. McNaughton, Scheduling with deadlines and loss functions, 1959). Where a cut goes through a chain, the pair before
+// The chains lie end to end on a line, heads of a sequence side by side, each as long as its chunks and states take, and the line is cut into
+// spans of equal length, one a pair (R. McNaughton, Scheduling with deadlines and loss functions, 1959). Where a cut goes through a chain, the pair before
 // it does its part first and leaves the state in the workspace; the pair behind it does the rest last. No chain is longer than a span, so
 // the state has long been there when it is wanted. So all pairs end together whatever the lengths are, nobody asks anybody for work, and a
 // chain's bits do not depend on where it is cut: cuts lie between chunks, and the state passes them in fp32.
