@@ -196,7 +196,7 @@ def test_no_races(watched_kernel, lens, options, seed):
 # ---------------------------------------------------------------- that these tests can fail
 
 MISTAKES = {
-    "a barrier never reached": (("prepare.cuh", "                mbarrier_arrive(smem_address(&smem.ready[slot]));\n", "                ;\n"), "locked up"),
+    "a barrier never reached": (("prepare.cuh", "            mbarrier_arrive(smem_address(&smem.ready[slot]));\n", ""), "locked up"),
     "an arrival too many": (("recurrence.cuh", "free_there + mail.slot * 8, first_lane != 0", "free_there + mail.slot * 8, true"), None),
     "a wrong operand": (("recurrence.cuh", "wgmma<OutputAtom>(O_new, R, z);", "wgmma<OutputAtom>(O_new, R, t);"), None),
     "a CTA that leaves early": (("fwd_kernel.cuh", "    sync_cluster();   // the other CTA may still speak to this one's shared memory\n", ""), "need not be there"),
@@ -218,7 +218,7 @@ def test_a_mistake_is_found(kernel, tmp_path, name):
 
 RACES = {
     "lanes not waited for": (("prepare.cuh", "        __syncwarp();\n\n        // Row i", "        // Row i"), "a (write after a read|read after a write)"),
-    "a stage released too early": (("recurrence.cuh", "        __syncwarp();   // every lane has read\n", ""), "a write after a read.* copy engine"),
+    "a stage released too early": (("recurrence.cuh", "                __syncwarp();   // every lane has read the copy\n", ""), "a write after a read.* copy engine"),
     "the other CTA's stages not waited for": (("load.cuh", "            mbarrier_wait(smem_address(&smem.free[mail.slot]), mail.parity ^ 1);   // passes in the first turn\n", ""), ""),
     "values not waited for": (("load.cuh", "            mbarrier_wait(smem_address(&smem.values_empty[turn.slot]), turn.parity ^ 1);\n", ""), ""),
     "no proxy fence": (("prepare.cuh", "            fence_async_proxy();\n", ""), "no proxy fence"),

@@ -20,15 +20,15 @@ __device__ __forceinline__ void init_barriers(SharedStorage& smem) {
         for (int i = 0; i < count; ++i)
             mbarrier_init(barriers[i], arrivals);
     };
-    init(smem.chains_ready, kChains, 1);
-    init(smem.chains_empty, kChains, kCtaThreads / 32 - 1);
+    init(smem.chains_ready, kChains, 32);
+    init(smem.chains_empty, kChains, kCtaThreads - 32);
     init(smem.loaded, kOwnStages, 1);
-    init(smem.ready, kOwnStages, kTeam);
+    init(smem.ready, kOwnStages, kTeam * 32);
     init(smem.ready + kOwnStages, kMailStages, 1);
-    init(smem.empty, kOwnStages, kPair * kRecurrenceWarps);
+    init(smem.empty, kOwnStages, kRecurrenceWarps * 32 + kRecurrenceWarps);
     init(smem.free, kMailStages, kRecurrenceWarps);
-    init(smem.values_loaded, kValueStages, 1);
-    init(smem.values_empty, kValueStages, kRecurrenceWarps);
+    init(smem.values_loaded, kValueStages, 32);
+    init(smem.values_empty, kValueStages, kRecurrenceWarps * 32);
     fence_mbarrier_init();
 }
 

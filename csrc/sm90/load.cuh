@@ -97,7 +97,6 @@ __device__ __forceinline__ void copy_tail(const bf16* v, int64_t row_stride, int
         store_shared_16_bytes(smem_address(&to) + row * 128 + ((unit ^ row % 8) << 4), {x.x, x.y, x.z, x.w});
     }
     fence_async_proxy();   // next to write there is the copy engine
-    __syncwarp();
 }
 
 // This CTA's half of the state that a chain begins with comes closer before the recurrence gets there.
@@ -129,10 +128,10 @@ __device__ __forceinline__ void load_values(const KernelParams& p, SharedStorage
             const int64_t row = chain.first_row + chunk * kChunk;
             if (const int valid = chain.length - chunk * kChunk; valid < kChunk) {
                 copy_tail(p.v + (row * p.heads + chain.head) * kDim + half * kHalf, static_cast<int64_t>(p.heads) * kDim, valid, to);
-                if (elect_one())
-                    mbarrier_arrive(smem_address(&loaded));
+                mbarrier_arrive(smem_address(&loaded));
             } else if (elect_one()) {
                 mbarrier_arrive_expect_bytes(loaded, kHalfTileBytes);
+                mbarrier_arrive(smem_address(&loaded), 31);   // in place of the other lanes
                 load_box<kOnce>(p.v_map, loaded, to, static_cast<int>(row), half, static_cast<int>(chain.head));
             }
         }

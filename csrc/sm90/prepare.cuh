@@ -23,6 +23,7 @@
 
 namespace flash_kda::sm90 {
 
+constexpr int kHalfBlocks = kBlocks / kHalves;   // of a warp
 constexpr int kTeamBarrier = 1;   // the first of the teams' named ones
 
 class Preparer {
@@ -65,7 +66,8 @@ public:
         if (valid < kChunk)
             clear_tail(stage, valid);
         float L[2][4] = {}, Z[2][4] = {}, Q[2][4] = {};   // sums over this warp's channels
-        factors<kOutputs>(stage, small, L, Z, Q);
+        uint32_t kd[kHalfBlocks][4];   // as B operands
+        factors<kOutputs>(stage, small, kd, L, Z, Q);
         if (half == 0) {
             if (kOutputs)
                 give(scratch.Z, Z), give_diagonal(Q);
@@ -80,7 +82,7 @@ public:
                 outputs(small, Z, Q);
         }
         meet();
-        products(stage);
+        products(stage, kd);
     }
 
 private:
@@ -132,28 +134,29 @@ private:
 
     __device__ __forceinline__ void give_diagonal(const float (&Q)[2][4]) const { scratch.q_squares[lane] = diagonal(Q); }
 
-    // kd, qd, kr and E of the half, and its share of L, Z and Q.
+    // qd, kr and E of the half, and its share of L, Z and Q. kd as B operands.
     template <bool kOutputs>
-    __device__ __forceinline__ void factors(Stage& stage, SmallFactors& small, float (&L)[2][4], float (&Z)[2][4], float (&Q)[2][4]) const {
+    __device__ __forceinline__ void factors(Stage& stage, SmallFactors& small, uint32_t (&kd)[kHalfBlocks][4], float (&L)[2][4], float (&Z)[2][4],
+                                            float (&Q)[2][4]) const {
         const uint32_t k = smem_address(stage.kq[half]) + block_offset, g = smem_address(&stage.g[half]) + block_offset;
         const uint32_t kr = smem_address(&stage.g[half]) + turned_block_offset;
         const uint32_t e = smem_address(small.e[c]) + half * (kHalf / 16) * 16;
-        constexpr int kAtOnce = 2, kHalfBlocks = kBlocks / kHalves;   // chains of dependent instructions, to hide each other's latencies
+        constexpr int kAtOnce = 2;   // chains of dependent instructions, to hide each other's latencies
         Logits logits[kHalfBlocks];
         for (int i = 0; i < kHalfBlocks; ++i)
             logits[i] = load_block(g ^ i * 32, gate_offset + i * 16 * 4);   // 32 bytes are 16 channels, before the swizzle
         for (int first = 0; first < kHalfBlocks; first += kAtOnce) {
             uint32_t k_block[kAtOnce][4], q_block[kAtOnce][4];
-            float G[kAtOnce][2][4];
+            Gates gates[kAtOnce];
             for (int i = 0; i < kAtOnce; ++i) {   // long before they are wanted
                 ldmatrix_x4(k_block[i], k ^ (first + i) * 32);
                 if (kOutputs)
                     ldmatrix_x4(q_block[i], (k ^ (first + i) * 32) + kHalfTileBytes);
             }
             for (int i = 0; i < kAtOnce; ++i)
-                cumulated_gates(logits[first + i], G[i]);
+                gates[i] = cumulated_gates(logits[first + i]);
             for (int i = 0; i < kAtOnce; ++i)
-                elementwise<kOutputs>(k_block[i], q_block[i], k ^ (first + i) * 32, kr ^ (first + i) * 32, e + (first + i) * 16, G[i], L, Z, Q);
+                elementwise<kOutputs>(k_block[i], q_block[i], k ^ (first + i) * 32, kr ^ (first + i) * 32, e + (first + i) * 16, gates[i], kd[first + i], L, Z, Q);
         }
     }
 
@@ -171,28 +174,40 @@ private:
         return x;
     }
 
-    // kShift + the cumulated gates of a block, as two accumulators: [16, 16] ones on and under the diagonal @ gate, on the tensor cores,
-    // the gates in fp16: 2^-11 of a gate, which next to bf16 factors does not show.
-    __device__ __forceinline__ void cumulated_gates(const Logits& x, float (&G)[2][4]) const {
+    // Of a block, as accumulators.
+    struct Gates {
+        float G[2][4];       // kShift + the cumulated ones
+        float total[2][4];   // all of a channel, in every row
+    };
+
+    // On the tensor cores: [16, 16] ones on and under the diagonal, or everywhere, @ gate, the gates in fp16: 2^-11 of a gate, which next to
+    // bf16 factors does not show.
+    __device__ __forceinline__ Gates cumulated_gates(const Logits& x) const {
+        constexpr uint32_t kMinusOne = 0x94009400, kAll[4] = {kMinusOne, kMinusOne, kMinusOne, kMinusOne};
+        constexpr float kZero[4] = {};
+        Gates sums;
         for (int j = 0; j < 2; ++j) {
             const auto gate = [&](float logit) { return rcp_approx(inverse_bound + exp2_approx(fmaf(gate_slope, logit, x.offset[j]))); };
             const auto gates = [&](uint32_t pair) { return pack_fp16(gate(low_bf16(pair)), gate(high_bf16(pair))); };
-            mma_m16n8k16_fp16(G[j], minus_ones, gates(x.g[2 * j]), gates(x.g[2 * j + 1]), shift);
+            const uint32_t early = gates(x.g[2 * j]), late = gates(x.g[2 * j + 1]);
+            mma_m16n8k16_fp16(sums.G[j], minus_ones, early, late, shift);
+            mma_m16n8k16_fp16(sums.total[j], kAll, early, late, kZero);
         }
+        return sums;
     }
 
-    // One block: kd, qd and kr in place of k, q and g; E; the block's share of L, Z and Q = q q'.
+    // One block: qd and kr in place of q and g; kd; E; the block's share of L, Z and Q = q q'.
     template <bool kOutputs>
     __device__ __forceinline__ void elementwise(const uint32_t (&k)[4], const uint32_t (&q)[4], uint32_t k_address, uint32_t kr_address,
-                                                uint32_t e_address, const float (&G)[2][4], float (&L)[2][4], float (&Z)[2][4],
-                                                float (&Q)[2][4]) const {
+                                                uint32_t e_address, const Gates& gates, uint32_t (&kd_operand)[4], float (&L)[2][4],
+                                                float (&Z)[2][4], float (&Q)[2][4]) const {
         uint32_t kd[4], ki[4], kr[4], qd[4];
         float up[2][4], E[2][2];
         for (int j = 0; j < 2; ++j) {
             for (int i = 0; i < 4; ++i)
-                up[j][i] = exp2_approx(G[j][i]);
-            for (int i = 0; i < 2; ++i)   // row 15 closes the chunk
-                E[j][i] = __shfl_sync(~0u, up[j][2 + i], 7 * 4 + c) / kShiftUp;
+                up[j][i] = exp2_approx(gates.G[j][i]);
+            for (int i = 0; i < 2; ++i)
+                E[j][i] = exp2_approx(gates.total[j][i]);
         }
         for (int x = 0; x < 4; ++x) {
             const int j = x / 2, h = x % 2;
@@ -201,16 +216,15 @@ private:
             kd[x] = multiply_bf16(k[x], up_b);
             if (kOutputs)
                 qd[x] = multiply_bf16(q[x], up_b);
-            const float ki0 = low_bf16(k[x]) * exp2_approx(-G[j][2 * h]), ki1 = high_bf16(k[x]) * exp2_approx(-G[j][2 * h + 1]);
+            const float ki0 = low_bf16(k[x]) * exp2_approx(-gates.G[j][2 * h]), ki1 = high_bf16(k[x]) * exp2_approx(-gates.G[j][2 * h + 1]);
             ki[2 * h + j] = pack_bf16(ki0, ki1);
             kr[2 * h + j] = pack_bf16(ki0 * E[j][0], ki1 * E[j][1]);
         }
         __syncwarp();   // every lane has its part of the input
         stmatrix_x4(kr_address, kr);
-        stmatrix_x4(k_address, kd);
         if (kOutputs)
             stmatrix_x4(k_address + kHalfTileBytes, qd);
-        if (r == 7)
+        if (r == 0)
             store_shared_16_bytes(e_address, E[0][0], E[0][1], E[1][0], E[1][1]);
         for (int n = 0; n < 2; ++n) {
             mma_m16n8k16(L[n], kd, ki[2 * n], ki[2 * n + 1]);
@@ -220,6 +234,8 @@ private:
             for (int j = 0; j < 2; ++j)
                 mma_m16n8k8(Q[n], &q[2 * j], q[2 * j + n]);
         }
+        for (int x = 0; x < 4; ++x)
+            kd_operand[x] = transposed(kd[x]);
     }
 
     // Z and out_scale, once the other warp's half is there.
@@ -300,24 +316,21 @@ private:
         store_shared_4_bytes(smem_address(scratch.minus_t) + (8 + r) * 16 + c * 4, pack_bf16(-minus_X21[0] * for_w.x, -minus_X21[1] * for_w.y));
     }
 
-    // -W in place of kd, in this warp's half.
-    __device__ __forceinline__ void products(Stage& stage) const {
-        constexpr int kHalfBlocks = kBlocks / kHalves;
+    // -W in place of k, in this warp's half.
+    __device__ __forceinline__ void products(Stage& stage, const uint32_t (&kd)[kHalfBlocks][4]) const {
         const uint32_t address = smem_address(stage.kq[half]) + block_offset;
-        uint32_t minus_T[4], kd[kHalfBlocks][4], minus_W[kHalfBlocks][4];
+        uint32_t minus_T[4];
         ldmatrix_x4(minus_T, smem_address(scratch.minus_t) + lane * 16);
-        for (int i = 0; i < kHalfBlocks; ++i)
-            ldmatrix_x4_trans(kd[i], address ^ i * 32);
-        for (int i = 0; i < kHalfBlocks; ++i)
+        for (int i = 0; i < kHalfBlocks; ++i) {
+            uint32_t minus_W[4];
             for (int j = 0; j < 2; ++j) {
                 float w[4] = {};
                 mma_m16n8k16(w, minus_T, kd[i][2 * j], kd[i][2 * j + 1]);
-                minus_W[i][2 * j] = pack_bf16(w[0], w[1]);
-                minus_W[i][2 * j + 1] = pack_bf16(w[2], w[3]);
+                minus_W[2 * j] = pack_bf16(w[0], w[1]);
+                minus_W[2 * j + 1] = pack_bf16(w[2], w[3]);
             }
-        __syncwarp();   // every lane has its part of kd
-        for (int i = 0; i < kHalfBlocks; ++i)
-            stmatrix_x4(address ^ i * 32, minus_W[i]);
+            stmatrix_x4(address ^ i * 32, minus_W);
+        }
     }
 };
 
@@ -349,9 +362,7 @@ __device__ __forceinline__ void prepare_chunks(const KernelParams& p, SharedStor
             else
                 preparer.template prepare<false>(smem.stages[slot], smem.small[slot], beta, valid);
             fence_async_proxy();
-            __syncwarp();
-            if (lane == 0)
-                mbarrier_arrive(smem_address(&smem.ready[slot]));
+            mbarrier_arrive(smem_address(&smem.ready[slot]));
         }
         begun += chunks;
     }

@@ -27,6 +27,11 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t bar) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
 }
 
+// In place of so many.
+__device__ __forceinline__ void mbarrier_arrive(uint32_t bar, uint32_t arrivals) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(arrivals) : "memory");
+}
+
 __device__ __forceinline__ void mbarrier_arrive_expect_bytes(uint64_t& bar, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(&bar)), "r"(bytes) : "memory");
 }
@@ -255,6 +260,13 @@ __device__ __forceinline__ void stmatrix_x4_trans(uint32_t address, const uint32
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x[0]), "r"(x[1]),
                  "r"(x[2]), "r"(x[3])
                  : "memory");
+}
+
+// Transposes an 8x8 matrix that is spread over the warp's registers.
+__device__ __forceinline__ uint32_t transposed(uint32_t x) {
+    uint32_t d;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(x));
+    return d;
 }
 
 // d[16, 8] += a[16, 16] b[16, 8]

@@ -170,9 +170,9 @@ __device__ __forceinline__ void recur_chains(const KernelParams& p, SharedStorag
     const uint32_t empty_there = resident(address_in_cta(smem_address(smem.empty), 1 - rank()));
     const uint32_t first_lane = resident<uint32_t>(lane == 0);
     const uint32_t free_there = resident(address_in_cta(smem_address(smem.free), 1 - rank()));
-    const auto release_piece = [&](uint32_t slot) {   // nobody there has it: a lane here stands in for a warp there
-        __syncwarp();
-        mbarrier_arrive_in_cluster(empty_here + slot * 8, lane < kPair);
+    const auto release_piece = [&](uint32_t slot) {   // nobody there has it: a lane here stands in for one there
+        mbarrier_arrive_in_cluster(empty_here + slot * 8, true);
+        mbarrier_arrive_in_cluster(empty_here + slot * 8, first_lane != 0);
     };
 
     uint32_t number = 0, pieces = 0, values_number = 0;   // chunks, pieces of summaries and chunks with values so far
@@ -282,11 +282,14 @@ __device__ __forceinline__ void recur_chains(const KernelParams& p, SharedStorag
             cute::warpgroup_wait<0>();
             fence_operands(S);
             fence_operands(O_new);
-            __syncwarp();   // every lane has read
-            mbarrier_arrive_in_cluster((kHere ? empty_here : empty_there) + own.slot * 8, first_lane != 0);
-            if (!kHere)
+            if (kHere) {
+                mbarrier_arrive_in_cluster(empty_here + own.slot * 8, true);
+            } else {   // of the other CTA's memory only the copy engine has read
+                __syncwarp();   // every lane has read the copy
+                mbarrier_arrive_in_cluster(empty_there + own.slot * 8, first_lane != 0);
                 mbarrier_arrive_in_cluster(free_there + mail.slot * 8, first_lane != 0);
-            if ((!kSegments || values) && first_lane != 0)
+            }
+            if (!kSegments || values)
                 mbarrier_arrive(address(smem.values_empty) + values_turn.slot * 8);
             for (int i = 0; i < 2; ++i) {
                 O[i] = pack_bf16(O_new[2 * i] * scale_low.x, O_new[2 * i + 1] * scale_low.y);

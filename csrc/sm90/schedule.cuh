@@ -202,8 +202,7 @@ __device__ __forceinline__ void schedule_chains(const KernelParams& p, Shared& s
         walk.next(p, chain);
         __syncwarp();
         const bool done = chain.done;
-        if (elect_one())
-            mbarrier_arrive(smem_address(&smem.chains_ready[turn.slot]));
+        mbarrier_arrive(smem_address(&smem.chains_ready[turn.slot]));
         if (done)
             return;
     }
@@ -218,12 +217,10 @@ __device__ __forceinline__ const Chain* await_chain(Shared& smem, uint32_t n) {
     return __any_sync(~0u, chain->done) ? nullptr : chain;
 }
 
-// The warp has done with it.
+// The lane has done with it.
 template <class Shared>
 __device__ __forceinline__ void give_back_chain(Shared& smem, uint32_t n) {
-    __syncwarp();   // every lane has read what it wants
-    if (threadIdx.x % 32 == 0)
-        mbarrier_arrive(smem_address(&smem.chains_empty[Turn<kChains>(n).slot]));
+    mbarrier_arrive(smem_address(&smem.chains_empty[Turn<kChains>(n).slot]));
 }
 
 }  // namespace flash_kda::sm90

@@ -185,7 +185,7 @@ __device__ __forceinline__ void load_summary_piece(const Chain& chain, int segme
     const void* const from = state ? static_cast<const void*>(summary[0].state[blockIdx.x % kPair][piece * kStateLoads])
                                    : summary[1].matrix[piece - kStatePieces];
     mbarrier_arrive_expect_bytes(ready, bytes);
-    mbarrier_arrive(smem_address(&ready));   // in place of a team's second warp
+    mbarrier_arrive(smem_address(&ready), kTeam * 32 - 1);   // in place of a team
     bulk_load(&stage, from, bytes, ready);
 }
 

@@ -22,7 +22,7 @@ constexpr int kHalfTileBytes = sizeof(HalfTile);
 // A chunk, from raw input to the factors of its step, which take the place of the input they came from.
 //
 //          copy engine writes     prepare makes of it, for wgmma
-//   kq     k over q, by halves    [-W over qd]: B [2 kChunk, K], K-major     (in between: kd over qd)
+//   kq     k over q, by halves    [-W over qd]: B [2 kChunk, K], K-major
 //   g      gate logits            kr: B [kChunk, K], N-major
 //
 // Or, before a segment's chunks, a piece of a summary: see segments.cuh.
@@ -62,15 +62,15 @@ struct SharedStorage {
     Chain chains[kChains];              // of it, one after the other
     alignas(16) uint32_t zeros[4];      // instead of values, where there are none
 
-    // Who waits is named last. Arrivals are a thread's that asks the copy engine for bytes, or as said.
+    // Who waits is named last. All lanes of a warp arrive that have read or written what is handed over; of a copy, the thread that asks for it.
     uint64_t chains_ready[kChains];      // schedule -> all others
-    uint64_t chains_empty[kChains];      // all others, one a warp -> schedule
+    uint64_t chains_empty[kChains];      // all others -> schedule
     uint64_t loaded[kOwnStages];         // copy engine -> prepare
-    uint64_t ready[kStages];             // prepare, one a warp -> recurrence, mail; copy engine, from the other CTA or with summaries -> recurrence
-    uint64_t empty[kOwnStages];          // recurrence, one a warp of each CTA -> load
-    uint64_t free[kMailStages];          // recurrence of the other CTA, one a warp -> mail
-    uint64_t values_loaded[kValueStages];   // copy engine -> recurrence
-    uint64_t values_empty[kValueStages];    // recurrence, one a warp -> load
+    uint64_t ready[kStages];             // prepare -> recurrence, mail; copy engine, from the other CTA or with summaries -> recurrence
+    uint64_t empty[kOwnStages];          // recurrence; that of the other CTA, a lane a warp -> load
+    uint64_t free[kMailStages];          // recurrence of the other CTA, a lane a warp -> mail
+    uint64_t values_loaded[kValueStages];   // load values, copy engine -> recurrence
+    uint64_t values_empty[kValueStages];    // recurrence -> load
 };
 
 }  // namespace flash_kda::sm90

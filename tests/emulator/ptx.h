@@ -15,7 +15,7 @@ inline uint32_t smem_address(const void* p) {
 struct Barrier {
     static constexpr uint8_t kMark = 0xba;
     int32_t bytes;   // still to come in this phase
-    uint8_t arrivals, missing, phase, mark;
+    uint32_t arrivals : 11, missing : 11, phase : 1, mark : 9;
 };
 static_assert(sizeof(Barrier) == sizeof(uint64_t));
 
@@ -37,24 +37,24 @@ inline void settle(Barrier& b) {
 }
 
 inline void mbarrier_init(uint64_t& bar, int arrivals) {
-    const uint8_t n = static_cast<uint8_t>(arrivals);
+    const uint32_t n = arrivals;
     emulator::races::not_data(&bar, sizeof(bar));
     *reinterpret_cast<Barrier*>(&bar) = {0, n, n, 0, Barrier::kMark};
 }
 
 inline void fence_mbarrier_init() {}
 
-inline void arrive(Barrier& b, int bytes) {
-    if (b.missing == 0)
+inline void arrive(Barrier& b, int bytes, uint32_t arrivals = 1) {
+    if (b.missing < arrivals)
         emulator::fail("one arrival too many at a barrier");
     emulator::races::arrive(&b);
-    --b.missing;
+    b.missing -= arrivals;
     b.bytes += bytes;
     settle(b);
 }
 
 inline void mbarrier_arrive_expect_bytes(uint64_t& bar, int bytes) { arrive(barrier(bar), bytes); }
-inline void mbarrier_arrive(uint32_t bar) { arrive(barrier(emulator::shared(bar, 8)), 0); }
+inline void mbarrier_arrive(uint32_t bar, uint32_t arrivals = 1) { arrive(barrier(emulator::shared(bar, 8)), 0, arrivals); }
 
 inline void mbarrier_wait(uint32_t bar, uint32_t parity) {
     Barrier& b = barrier(emulator::shared(bar, 8));
@@ -198,6 +198,21 @@ inline void ldmatrix_x4(uint32_t* d, uint32_t address) { move_matrices("ldmatrix
 inline void ldmatrix_x4_trans(uint32_t* d, uint32_t address) { move_matrices("ldmatrix.trans", d, address, false, true); }
 inline void stmatrix_x4(uint32_t address, const uint32_t (&x)[4]) { move_matrices("stmatrix", x, address, true, false); }
 inline void stmatrix_x4_trans(uint32_t address, const uint32_t (&x)[4]) { move_matrices("stmatrix.trans", x, address, true, true); }
+
+inline uint32_t transposed(uint32_t x) {
+    struct Argument {
+        uint32_t from, to;
+    } mine{x, 0};
+    emulator::together("movmatrix", &mine, [](void** all) {
+        const auto of = [&](int lane) -> Argument& { return *static_cast<Argument*>(all[lane]); };
+        for (int l = 0; l < emulator::kWarp; ++l)
+            for (int i = 0; i < 2; ++i) {
+                const int row = l % 4 * 2 + i, column = l / 4;
+                of(l).to |= (of(row * 4 + column / 2).from >> column % 2 * 16 & 0xffff) << 16 * i;
+            }
+    });
+    return mine.to;
+}
 
 // ---- products of a warp: d [16, 8] = a [16, K] b [K, 8] + c, by the lanes that hold an element
 
