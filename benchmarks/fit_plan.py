@@ -42,11 +42,11 @@ def time_us(p: measure.Problem, num_segments: Optional[int]) -> float:
 
 
 def worth_measuring(tokens: int, heads: int, segments: int, sms: int) -> bool:
-    """Whether a segment has two chunks at least, and a pair of CTAs one summary at most.
+    """Whether a segment has two chunks at least, and a pair of CTAs one summary and one replay at most.
 
-    Where pairs have several, the order in which these fall to them blurs what each costs.
+    Where pairs have several, the order in which these fall to them blurs what each costs. The first segment counts for two.
     """
-    return tokens >= segments * 2 * CHUNK and heads * (segments - 1) <= sms // 2
+    return tokens >= (segments + 1) * 2 * CHUNK and heads * (segments - 1) <= sms // 2
 
 
 def measure_shape(tokens: int, heads: int, sms: int) -> Tuple[List[Dict], Dict]:

@@ -41,29 +41,31 @@ Work serial_work(const Lengths& lengths, int64_t heads, int64_t pairs) {
 
 Work segmented_work(const Lengths& lengths, int64_t heads, const Plan& plan) {
     struct Tasks {
-        int segments;
-        int64_t summaries, replays;   // of a chain
-        double length;                // of one of them, with its states
-        Tasks(int chunks, const Plan& plan)
-            : segments(sm90::segments_of(chunks, plan.least_chunks, plan.segments)),
-              summaries(sm90::summaries_of(segments)),
-              replays(sm90::replays_of(segments)),
-              length(static_cast<double>(chunks) / segments + sm90::kStateChunks) {}
+        int64_t count;   // of a chain
+        double length;   // of one of them, with its states
     };
-    const Tasks longest(lengths.longest, plan), rest(lengths.rest, plan);
+    const auto segments = [&](int chunks) { return sm90::segments_of(chunks, plan.least_chunks, plan.segments); };
+    const auto summaries = [&](int chunks) -> Tasks {
+        const int n = segments(chunks);
+        return {sm90::summaries_of(n), 2.0 * chunks / (n + 1) + sm90::kStateChunks};
+    };
+    const auto replays = [&](int chunks) -> Tasks {
+        const int n = segments(chunks);
+        return {sm90::replays_of(n), (n > 1 ? 1.0 : 2.0) * chunks / (n + 1) + sm90::kStateChunks};
+    };
     const int64_t others = lengths.sequences - 1;
     // By all pairs in turn, one after the other of tasks as long as the mean, and nobody sooner than his longest.
-    const auto steps = [&](int64_t of_longest, int64_t of_rest) -> double {
-        const int64_t tasks = heads * (of_longest + others * of_rest);
+    const auto steps = [&](const Tasks& longest, const Tasks& rest) -> double {
+        const int64_t tasks = heads * (longest.count + others * rest.count);
         if (tasks == 0)
             return 0;
-        const double total = heads * (of_longest * longest.length + others * of_rest * rest.length);
-        return std::max({of_longest > 0 ? longest.length : 0, of_rest > 0 && others > 0 ? rest.length : 0, divide_up(tasks, plan.pairs()) * (total / tasks)});
+        const double total = heads * (longest.count * longest.length + others * rest.count * rest.length);
+        return std::max({longest.count > 0 ? longest.length : 0, rest.count > 0 && others > 0 ? rest.length : 0, divide_up(tasks, plan.pairs()) * (total / tasks)});
     };
     Work work{};
-    work.steps = steps(longest.summaries, rest.summaries) + steps(longest.replays, rest.replays);
-    work.compositions = std::max(longest.segments - 2, 0);
-    work.summaries = longest.summaries > 0 ? 1 : 0;
+    work.steps = steps(summaries(lengths.longest), summaries(lengths.rest)) + steps(replays(lengths.longest), replays(lengths.rest));
+    work.compositions = (segments(lengths.longest) - 1) / 2;
+    work.summaries = segments(lengths.longest) > 1 ? 1 : 0;
     return work;
 }
 
@@ -104,18 +106,18 @@ Plan make_plan(int64_t num_sequences, int64_t tokens, int64_t heads, bool packed
     const int64_t all_pairs = std::max(sms / sm90::kPair, 1), pairs = std::min(chains, all_pairs);
     const Plan serial = {chains, Sharing::kSpans, 1, 1, static_cast<uint32_t>(sm90::kPair * pairs), pairs < chains ? pairs : 0, serial_work(even, heads, pairs)};
     const auto segmented = [&](int segments, int least_chunks) -> Plan {
-        // No more than all sequences have room for together; and however wrong cu_seqlens is, a count of tasks fits in 32 bits.
+        // No more than all sequences have room for together; and however wrong cu_seqlens is, a count of tasks or handovers fits in 32 bits.
         const int64_t room = (chunks + (packed ? num_sequences : 0)) * (packed ? 1 : num_sequences) / least_chunks;
-        const int most = std::min(segments, std::max(chunks / least_chunks, 1));
+        const int most = std::min(segments, std::max(chunks / least_chunks - 1, 1));
         if (chains > kMax31 / (2 * most))
             too_many("sequences x heads x 2 num_segments", chains, 2 * most);
-        const int64_t pairs = std::min(chains * std::max(sm90::summaries_of(most), sm90::replays_of(most)), all_pairs);
-        const int64_t summaries = heads * std::min<int64_t>(num_sequences * sm90::summaries_of(most), 2 * room);
-        Plan plan{chains, Sharing::kSegments, most, least_chunks, static_cast<uint32_t>(sm90::kPair * pairs), summaries, {}};
+        const int64_t pairs = std::min(chains * sm90::replays_of(most), all_pairs);
+        const int64_t handovers = heads * std::min<int64_t>(num_sequences * sm90::handovers_of(most), 2 * room);
+        Plan plan{chains, Sharing::kSegments, most, least_chunks, static_cast<uint32_t>(sm90::kPair * pairs), handovers, {}};
         plan.work = segmented_work(even, heads, plan);
         return plan;
     };
-    if (num_segments > 1 && chunks > 1)
+    if (num_segments > 1 && chunks > 2)
         return segmented(num_segments, 1);
     Plan best = serial;
     double least_cost = cost(best);
@@ -128,8 +130,8 @@ Plan make_plan(int64_t num_sequences, int64_t tokens, int64_t heads, bool packed
     };
     if (num_segments > 0 || chains > kFewChains * sms)
         return best;
-    for (int n = 3; n <= all_pairs + 1 && n <= long_one; ++n)
-        consider(segmented(packed && num_sequences > 1 ? all_pairs + 1 : n, long_one / n));
+    for (int n = 3; n <= all_pairs + 1 && n < long_one; ++n)
+        consider(segmented(packed && num_sequences > 1 ? all_pairs + 1 : n, long_one / (n + 1)));
     return best;
 }
 

@@ -103,6 +103,17 @@ def make(lens, heads=4, gate="mixed", packed=True, state=torch.float32, seed=0, 
     )
 
 
+def segments_of(length, least_chunks, most):
+    """As csrc/sm90/sharing.h has it."""
+    n = min(max(-(-length // 16) // least_chunks - 1, 1), most)
+    return 1 if n == 2 < most else n
+
+
+def handovers_of(lens, heads, segments, least_chunks=1):
+    """How many the kernel fills for sequences of these lengths."""
+    return heads * sum(max(2 * segments_of(length, least_chunks, segments) - 3, 0) for length in lens)
+
+
 class Guarded:
     """A NaN-filled tensor inside a larger buffer; `check` tells whether anything was written around it."""
 

@@ -543,7 +543,7 @@ def test_fit_refuses_to_guess_a_cost(fit_plan):
 
 
 @pytest.mark.parametrize("tokens, heads, segments, worth", [
-    (512, 4, 16, True), (511, 4, 16, False), (8192, 22, 4, True), (8192, 23, 4, False), (512, 96, 1, True)])
+    (512, 4, 15, True), (511, 4, 15, False), (8192, 22, 4, True), (8192, 23, 4, False), (512, 96, 1, True)])
 def test_cuts_worth_measuring(fit_plan, tokens, heads, segments, worth):
     assert fit_plan.worth_measuring(tokens, heads, segments, 132) is worth
 

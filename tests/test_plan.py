@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from problems import handovers_of
+
 _C = pytest.importorskip("flash_kda._C", reason="flash_kda was built without its kernels")
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,34 +49,40 @@ def test_nothing_to_do(num_sequences, heads, num_segments):
 # ---------------------------------------------------------------- segments
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 16])
+@pytest.mark.parametrize("tokens", [0, 1, 16, 32])
 @pytest.mark.parametrize("packed", [False, True])
-def test_one_chunk_cannot_be_cut(tokens, packed):
+def test_two_chunks_cannot_be_cut(tokens, packed):
     plan = _C.plan(1, tokens, 4, packed, 5, SMS)
     assert (plan.sharing, plan.segments) == ("spans", 1)
 
 
-@pytest.mark.parametrize("num_sequences, tokens, heads, packed, num_segments, segments, grid, summaries", [
-    (1, 8192, 8, False, 5, 5, 112, 56),  # of four segments seven summaries, each by a pair
-    (1, 8192, 8, True, 5, 5, 112, 56),
+@pytest.mark.parametrize("num_sequences, tokens, heads, packed, num_segments, segments, grid, handovers", [
+    (1, 8192, 8, False, 5, 5, 64, 56),  # four summaries, each by a pair, then four replays
+    (1, 8192, 8, True, 5, 5, 64, 56),
     (1, 8192, 8, False, 20, 20, SMS, 8 * 37),
     (3, 8192, 8, False, 5, 5, SMS, 3 * 56),
-    (2, 33, 1, False, 1024, 3, 12, 6),  # three chunks each
-    (3, 48, 1, True, 1024, 3, 18, 9),  # three chunks in all, though rounding may make it five
+    (1, 8192, 8, False, 2, 2, 16, 8),
+    (2, 65, 1, False, 1024, 4, 12, 10),  # five chunks each, the first segment of two
+    (3, 64, 1, True, 1024, 3, 12, 9),  # four chunks in all, though rounding may make it six
 ])
-def test_forced_segments(num_sequences, tokens, heads, packed, num_segments, segments, grid, summaries):
+def test_forced_segments(num_sequences, tokens, heads, packed, num_segments, segments, grid, handovers):
     plan = _C.plan(num_sequences, tokens, heads, packed, num_segments, SMS)
     chains = num_sequences * heads
-    assert layout(plan) == (chains, "segments", segments, grid, summaries * HANDOVER_BYTES) and plan.least_chunks == 1
+    assert layout(plan) == (chains, "segments", segments, grid, handovers * HANDOVER_BYTES) and plan.least_chunks == 1
 
 
-def summaries_wanted(plan, lens, heads):
-    """Handovers that the kernel fills for sequences of these lengths: see csrc/sm90/sharing.h."""
-    total = 0
-    for length in lens:
-        n = min(max(-(-length // 16) // plan.least_chunks, 1), plan.segments)
-        total += max(2 * n - 3, 0) if n != 2 or plan.segments == 2 else 0
-    return total * heads
+@pytest.mark.parametrize("tokens, heads, num_segments, steps, compositions", [
+    (6400, 2, 2, 400 + 12, 0),  # one after the other
+    (6400, 2, 3, 300 + 12, 1),
+    (6400, 2, 4, 240 + 12, 1),
+    (6400, 2, 19, 60 + 12, 9),
+    (6400, 2, 34, 400 / 35 * 3 + 12, 16),  # a summary and a replay for every pair
+    (6400, 2, 35, 400 / 36 * 6 + 24, 17),  # two for some
+])
+def test_what_the_busiest_pair_does(tokens, heads, num_segments, steps, compositions):
+    """A summary of two segments, a replay of one, and each one's states."""
+    work = _C.plan(1, tokens, heads, False, num_segments, SMS).work
+    assert (work.steps, work.compositions, work.summaries) == (pytest.approx(steps), compositions, 1)
 
 
 @pytest.mark.parametrize("num_segments", [FREE, 2, 3, 50])
@@ -84,7 +92,7 @@ def summaries_wanted(plan, lens, heads):
 def test_a_pack_has_room_for_its_summaries(lens, num_segments):
     plan = _C.plan(len(lens), sum(lens), 4, True, num_segments, SMS)
     if plan.segments > 1:
-        assert summaries_wanted(plan, lens, 4) * HANDOVER_BYTES <= plan.workspace_bytes
+        assert handovers_of(lens, 4, plan.segments, plan.least_chunks) * HANDOVER_BYTES <= plan.workspace_bytes
 
 
 @pytest.mark.parametrize("tokens, heads", [(4096, 8), (2048, 12), (8192, 16), (65536, 8), (3072, 10)])
@@ -107,8 +115,8 @@ def test_many_or_short_chains_are_not(num_sequences, tokens, heads, packed):
 def test_of_an_even_pack_no_sequence_is_cut_but_a_long_one_would_be():
     plan = _C.plan(4, 8192, 12, True, FREE, SMS)
     assert plan.segments > 1
-    assert summaries_wanted(plan, [2048] * 4, 12) == 0
-    assert summaries_wanted(plan, [8000, 64, 64, 64], 12) > 0
+    assert handovers_of([2048] * 4, 12, plan.segments, plan.least_chunks) == 0
+    assert handovers_of([8000, 64, 64, 64], 12, plan.segments, plan.least_chunks) > 0
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results" / "plan").glob("*.json")), ids=lambda path: path.stem)

@@ -93,7 +93,7 @@ void launch(const Params& params, const Plan& plan) {
     p.final_state = params.final_state;
     p.cu_seqlens = params.cu_seqlens;
     p.workspace.handovers = static_cast<Handover*>(params.workspace);
-    p.workspace.summaries = static_cast<uint32_t>(plan.handovers);
+    p.workspace.count = static_cast<uint32_t>(plan.handovers);
     p.workspace.ticket = next_ticket();
     p.tokens = params.tokens;
     p.segments = plan.segments;

@@ -21,7 +21,7 @@ struct Handover {
 
 struct Workspace {
     Handover* handovers;   // What they hold before the call does not matter.
-    uint32_t summaries;    // so many fit
+    uint32_t count;        // so many fit
     uint64_t ticket;       // this launch's own; never seen in memory by chance. Its low 16 bits are zero.
 };
 
@@ -39,7 +39,7 @@ struct KernelParams {
     int64_t tokens;
     uint32_t num_sequences, heads;
     int segments;             // of a chain, at most,
-    int least_chunks;         // each of so many at least
+    int least_chunks;         // each of so many at least, the first of twice as many
     bool state_is_fp32;
     float scale;
     float lower_bound;

@@ -176,9 +176,9 @@ __device__ __forceinline__ void recur_chains(const KernelParams& p, SharedStorag
     };
 
     uint32_t number = 0, pieces = 0, values_number = 0;   // chunks, pieces of summaries and chunks with values so far
+    float S[kStateRegisters];
     for (uint32_t n = 0; const Chain* next = await_chain(smem, n); give_back_chain(smem, n++)) {
         const Chain& chain = *next;
-        float S[kStateRegisters];
         bool output = true, values = true;
         if constexpr (kSegments) {
             if (chain.from == From::kSummaries) {
@@ -310,11 +310,10 @@ __device__ __forceinline__ void recur_chains(const KernelParams& p, SharedStorag
             store_state(p, chain, rank(), S);
         } else if constexpr (!kSegments) {
             leave_state(*behind_span, p.workspace.ticket, rank(), S);
-        } else if (chain.to == To::kSummary) {
-            if (chain.from == From::kIdentity)
-                leave_matrix(*chain.summary, p.workspace.ticket, rank(), S);
-            else
-                leave_state(*chain.summary, p.workspace.ticket, rank(), S);
+        } else if (chain.to == To::kM) {
+            leave_matrix(*chain.handover, p.workspace.ticket, rank(), S);
+        } else if (chain.to != To::kNowhere) {
+            leave_state(*chain.handover, p.workspace.ticket, rank(), S);
         }
     }
 }

@@ -109,8 +109,8 @@ __device__ __forceinline__ void find_span(const KernelParams& p, Span& span) {
     }
 }
 
-enum class From { kInitialState, kHandover, kZero, kIdentity, kSummaries };
-enum class To { kFinalState, kHandover, kSummary, kNowhere };
+enum class From { kInitialState, kHandover, kZero, kIdentity, kSummaries, kRegisters };   // the last: the chain before left it there
+enum class To { kFinalState, kHandover, kB, kM, kNowhere };
 
 // A chain, or a part of one.
 struct Chain {
@@ -123,19 +123,19 @@ struct Chain {
     bool done;              // there is none any more
 
     // Of segments: see segments.cuh.
-    int segments;          // of the whole chain
-    int compositions;      // before this one
-    Handover* summaries;   // of the whole chain: S1, B_1, M_1, B_2, M_2, ...
-    Handover* summary;     // where this one's goes
+    int segment, segments;   // this one, and how many the whole chain has
+    int compositions;        // before this one
+    Handover* handovers;     // of the whole chain: S1, B_1, M_1, B_2, M_2, ...
+    Handover* handover;      // where this one's goes
 
     __device__ int chunks() const { return chunks_of(length); }
 };
 
 // What becomes of zero or of the identity is asked for its state alone.
-__device__ __forceinline__ bool has_outputs(const Chain& chain) { return chain.from != From::kZero && chain.from != From::kIdentity; }
+__device__ __forceinline__ bool has_outputs(const Chain& chain) { return chain.to != To::kB && chain.to != To::kM; }
 
 // And the identity's rows are no values'.
-__device__ __forceinline__ bool has_values(const Chain& chain) { return chain.from != From::kIdentity; }
+__device__ __forceinline__ bool has_values(const Chain& chain) { return chain.to != To::kM; }
 
 // Goes through a span's chains in the order in which they are to be done.
 class SpanWalk {

@@ -1,11 +1,13 @@
 // Few chains, and long ones: cut in time, into segments done side by side.
 //
-// Over a segment the state goes to S M + B. First the summaries of all segments but a chain's last: the first segment is done as it is and
-// gives the state S1 behind it; of the others one task does B, the state that zero would become, and another M, the one that the identity
-// would become without values. All three are the recurrence as it is. Then the replays of all segments but the first, and of chains that
-// are not cut: the state before the segment is
+// Over a stretch of tokens the state goes to S M + B: B is the state that zero would become, M the one that the identity would become
+// without values. First the summaries, of all segments of a chain but the last. The first segment, twice as long as the others, is done as
+// it is and gives the state S1 behind it. The others are summarised two by two, 1 and 2, 3 and 4, ...: one task does B of both, and leaves it
+// behind the first and behind the second; another does M. One that is left over has one task for M and B. So all these tasks are equally
+// long. All of them are the recurrence as it is. Then the replays of all segments but the first, and of chains that are not cut: the state
+// before segment s is, with B_i and M_i of segment i alone where i is odd and of i - 1 and i where it is even,
 //
-//   S = ((S1 M_1 + B_1) M_2 + B_2) ...
+//   S = ((S1 M_2 + B_2) M_4 + B_4) ...     and at last, where s is even, M_(s - 1) and B_(s - 1),
 //
 // in three bf16 products each, of S and M as a bf16 part and what that lacks; from there the segment is done as it is.
 //
@@ -25,7 +27,7 @@ namespace flash_kda::sm90 {
 // A pair's tasks, one after the other.
 class SegmentWalk {
 public:
-    __device__ explicit SegmentWalk(const Span&) : place{Tasks::kSummaries, pair(), 0, {}} {}
+    __device__ explicit SegmentWalk(const Span&) : place{Tasks::kSummaries, pair(), 0, 0, {}} {}
 
     // Writes the next one. Called by all lanes.
     __device__ __forceinline__ void next(const KernelParams& p, Chain& chain) {
@@ -51,11 +53,16 @@ public:
             const bool summaries_first = at.tasks == Tasks::kSummaries;
             const uint32_t end = summaries_first ? until.summaries : until.replays;
             if (const uint32_t behind = __ballot_sync(~0u, at.task < end)) {
+                bool goes_on = false;
                 if (lane == __ffs(behind) - 1) {
                     const uint32_t each = summaries_first ? summaries_of(n) : replays_of(n), in_sequence = at.task - (end - each * p.heads);
-                    take(p, chain, sequence, rows, n, in_sequence / each, at.tasks, in_sequence % each, until.summaries - own.summaries);
+                    const uint32_t tasks_before = until.summaries - own.summaries + until.replays - own.replays;
+                    const uint32_t head = in_sequence / each, task = in_sequence % each;
+                    take(p, chain, sequence, rows, n, head, at.tasks, task, at.part, tasks_before - sequence * p.heads + head * handovers_of(n));
+                    goes_on = summaries_first && task > 0 && at.part == 0;
                 }
-                place = {at.tasks, at.task + gridDim.x / kPair, at.sequence, at.before};
+                goes_on = __any_sync(~0u, goes_on);
+                place = {at.tasks, goes_on ? at.task : at.task + gridDim.x / kPair, goes_on, at.sequence, at.before};
                 return;
             }
             at.before = {__shfl_sync(~0u, until.summaries, 31), __shfl_sync(~0u, until.replays, 31)};
@@ -66,7 +73,7 @@ public:
                         chain.done = true;
                     return;
                 }
-                at = {Tasks::kReplays, pair(), 0, {}};
+                at = {Tasks::kReplays, pair(), 0, 0, {}};
             }
         }
     }
@@ -80,37 +87,45 @@ private:
     };
     struct Place {
         Tasks tasks;
-        uint32_t task;       // the next one of the pair's
+        uint32_t task;       // the next one of the pair's,
+        int part;            // of it: of all summaries but a chain's first there are two
         uint32_t sequence;   // no earlier than this sequence,
         Counts before;       // which so many tasks precede
     };
     Place place;
 
     __device__ __forceinline__ static void take(const KernelParams& p, Chain& chain, uint32_t sequence, const Rows& rows, int n, uint32_t head, Tasks tasks,
-                                                int task, uint32_t first_summary) {
-        first_summary += head * summaries_of(n);
+                                                int task, int part, uint32_t first_handover) {
         chain = {};
         chain.segments = n;
-        chain.summaries = p.workspace.handovers + first_summary;
+        chain.handovers = p.workspace.handovers + first_handover;
         chain.head = head;
         chain.state_offset = (static_cast<int64_t>(sequence) * p.heads + head) * (kDim * kDim);
         int segment;
-        if (tasks == Tasks::kSummaries) {
-            segment = (task + 1) / 2;
-            chain.summary = chain.summaries + task;
-            chain.from = segment == 0 ? From::kInitialState : task % 2 == 1 ? From::kZero : From::kIdentity;
-            chain.to = To::kSummary;
-        } else {
+        if (tasks == Tasks::kReplays) {
             segment = n > 1 ? 1 + task : 0;
-            chain.compositions = max(segment - 1, 0);
+            chain.compositions = segment / 2;
             chain.from = segment == 0 ? From::kInitialState : From::kSummaries;
             chain.to = segment == n - 1 ? To::kFinalState : To::kNowhere;
+        } else if (task == 0) {
+            segment = 0;
+            chain.handover = chain.handovers;
+            chain.from = From::kInitialState;
+            chain.to = To::kHandover;
+        } else {
+            const int first = task - 1 + task % 2;   // of two segments, whose tasks have the same two numbers: B's, then M's
+            const bool alone = first == n - 2, matrix = alone ? part == 0 : task % 2 == 0;
+            segment = alone ? first : first + part;
+            chain.handover = chain.handovers + 2 * segment - 1 + matrix;
+            chain.from = part == 1 && !alone ? From::kRegisters : matrix ? From::kIdentity : From::kZero;
+            chain.to = matrix ? To::kM : To::kB;
         }
+        chain.segment = segment;
         const int chunks = chunks_of(rows.length);
         const auto border = [&](int s) { return border_of(chunks, s, n) * kChunk; };
         chain.first_row = rows.first + border(segment);
         chain.length = min(border(segment + 1), rows.length) - border(segment);
-        if (first_summary + summaries_of(n) > p.workspace.summaries) {   // only where cu_seqlens is not what it should be
+        if (first_handover + handovers_of(n) > p.workspace.count) {   // only where cu_seqlens is not what it should be
             chain = {};
             chain.from = From::kZero;
             chain.to = To::kNowhere;
@@ -129,7 +144,7 @@ __device__ __forceinline__ void fetch(uint64_t* left, uint64_t ticket, int fetch
         *left = 0;
 }
 
-// M of the segment, whose rows are those of the state, in blocks of 16 rows, a warp's own, each as its bf16 part and what that lacks, both as
+// M, whose rows are those of the state, in blocks of 16 rows, a warp's own, each as its bf16 part and what that lacks, both as
 // two HalfTiles.
 __device__ __forceinline__ void leave_matrix(Handover& summary, uint64_t ticket, int half, const float (&S)[kStateRegisters]) {
     const int thread = half * kWarpgroup + thread_index() % kWarpgroup, r = thread % 32 / 4, c = thread % 4;
@@ -164,10 +179,17 @@ constexpr int kStateLoads = static_cast<int>(sizeof(Stage) / (kWarpgroup * sizeo
 constexpr int kStatePieces = (kStateRegisters / 4 + kStateLoads - 1) / kStateLoads, kSummaryPieces = kStatePieces + kBlocks;
 static_assert(sizeof(Handover::matrix[0]) <= sizeof(Stage));
 
-// Until a segment's summary is there. Called by all lanes, each for the part of another warp.
-__device__ __forceinline__ void await_summary(const Chain& chain, uint64_t ticket, int segment) {
-    const int lane = threadIdx.x % 32, fetches = chain.segments - 1 - segment;
-    Handover* const summary = &chain.summaries[2 * segment - 1];
+// Behind which segment the summary ends that a replay composes first (1), second (2), ...
+__device__ __forceinline__ int summarised(const Chain& chain, int composition) { return min(2 * composition, chain.segment - 1); }
+
+// B and M of a segment, or of two.
+__device__ __forceinline__ Handover* summary_of(const Chain& chain, int segment) { return &chain.handovers[2 * segment - 1]; }
+
+// Until the summary is there. Called by all lanes, each for the part of another warp.
+__device__ __forceinline__ void await_summary(const Chain& chain, uint64_t ticket, int composition) {
+    const int lane = threadIdx.x % 32, segment = summarised(chain, composition);
+    const int fetches = segment % 2 == 1 ? 1 : chain.segments - 1 - segment;   // by the next segment's replay; of two segments, by all behind
+    Handover* const summary = summary_of(chain, segment);
     if (lane < 4)
         fetch(&summary[0].left[blockIdx.x % kPair * 4 + lane], ticket, fetches);
     else if (lane < 4 + kHalves * 4)
@@ -177,8 +199,8 @@ __device__ __forceinline__ void await_summary(const Chain& chain, uint64_t ticke
 }
 
 // Called by one thread.
-__device__ __forceinline__ void load_summary_piece(const Chain& chain, int segment, int piece, Stage& stage, uint64_t& ready) {
-    const Handover* const summary = &chain.summaries[2 * segment - 1];
+__device__ __forceinline__ void load_summary_piece(const Chain& chain, int composition, int piece, Stage& stage, uint64_t& ready) {
+    const Handover* const summary = summary_of(chain, summarised(chain, composition));
     const bool state = piece < kStatePieces;
     constexpr int kLast = kStateRegisters / 4 - (kStatePieces - 1) * kStateLoads;
     const int bytes = state ? (piece + 1 < kStatePieces ? kStateLoads : kLast) * kWarpgroup * sizeof(float4) : sizeof(Handover::matrix[0]);
@@ -199,7 +221,7 @@ __device__ __forceinline__ void compose(const KernelParams& p, SharedStorage& sm
         mbarrier_wait(smem_address(&smem.ready[own.slot]), own.parity);
         return own.slot;
     };
-    fetch_state(chain.summaries[0], p.workspace.ticket, chain.segments - 1, blockIdx.x % kPair, S);
+    fetch_state(chain.handovers[0], p.workspace.ticket, chain.segments - 1, blockIdx.x % kPair, S);
     for (int compositions = chain.compositions; compositions > 0; --compositions) {
         uint32_t high[kStateRegisters / 2], low[kStateRegisters / 2];
         for (int i = 0; i < kStateRegisters / 2; ++i) {

@@ -13,20 +13,23 @@ constexpr int kPair = 2;
 
 constexpr int kStateChunks = 6;   // a chain's states take as long to come and go as so many chunks do
 
-// Into how many segments a sequence of so many chunks is cut, each of at least `least_chunks`.
+// Into how many segments a sequence of so many chunks is cut, each of at least `least_chunks`, the first of twice as many.
 constexpr int segments_of(int chunks, int least_chunks, int most) {
-    const int fit = chunks / least_chunks, n = fit < 1 ? 1 : fit < most ? fit : most;
-    return n == 2 && most > 2 ? 1 : n;   // two segments are done no sooner than one by halves
+    const int fit = chunks / least_chunks - 1, n = fit < 1 ? 1 : fit < most ? fit : most;
+    return n == 2 && most > 2 ? 1 : n;   // two segments, one after the other, are done no sooner than the whole
 }
-
-// What a chain of n segments consists of, each a pair's task: the state behind the first, B and M of all others but the last; then, of all
-// but the first, a replay. A chain that is not cut is replayed from its initial state.
-constexpr int summaries_of(int segments) { return segments > 1 ? 2 * segments - 3 : 0; }
-constexpr int replays_of(int segments) { return segments > 1 ? segments - 1 : 1; }
 
 // The first chunk of a segment.
 constexpr int border_of(int chunks, int segment, int segments) {
-    return static_cast<int>(static_cast<long long>(chunks) * segment / segments);
+    return segment == 0 ? 0 : static_cast<int>(static_cast<long long>(chunks) * (segment + 1) / (segments + 1));
 }
+
+// A chain's tasks, each a pair's: summaries, as long as two segments; then, of all segments but the first, a replay. A chain that is not cut
+// is replayed from its initial state.
+constexpr int summaries_of(int segments) { return segments - 1; }
+constexpr int replays_of(int segments) { return segments > 1 ? segments - 1 : 1; }
+
+// What the summaries leave: the state behind the first segment; B and M behind each of the others but the last.
+constexpr int handovers_of(int segments) { return summaries_of(segments) + replays_of(segments) - 1; }
 
 }  // namespace flash_kda::sm90
