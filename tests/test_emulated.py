@@ -208,7 +208,7 @@ MISTAKES = {
     "a second segment from its own beginning": (("segments.cuh", "part == 1 && !alone ? From::kRegisters : ", ""), None),
     "a second segment alone": (("segments.cuh", "goes_on ? at.task : at.task + gridDim.x / kPair, goes_on,", "at.task + gridDim.x / kPair, 0,"), "locked up"),
     "handovers counted wrongly": (("segments.cuh", " - sequence * p.heads + head * handovers_of(n)", " + head * handovers_of(n)"), None),
-    "a fetch of S1 too many": (("segments.cuh", "p.workspace.ticket, chain.segments - 1, ", "p.workspace.ticket, chain.segments, "), "a ticket is left"),
+    "a fetch of S1 too many": (("segments.cuh", "count_fetch(left, p.workspace.ticket, chain.segments - 1);", "count_fetch(left, p.workspace.ticket, chain.segments);"), "a ticket is left"),
     "a fetch of one segment's summary too many": (("segments.cuh", "segment % 2 == 1 ? 1 : ", "segment % 2 == 1 ? 2 : "), "a ticket is left"),
     "a fetch of two segments' summary too many": (("segments.cuh", "? 1 : chain.segments - 1 - segment", "? 1 : chain.segments - segment"), "a ticket is left"),
     "a fetch of two segments' summary too few": (("segments.cuh", "? 1 : chain.segments - 1 - segment", "? 1 : chain.segments - 2 - segment"), "locked up|a ticket is left"),
@@ -238,7 +238,7 @@ RACES = {
     "values not waited for": (("load.cuh", "            mbarrier_wait(smem_address(&smem.values_empty[turn.slot]), turn.parity ^ 1);\n", ""), ""),
     "no proxy fence": (("prepare.cuh", "            fence_async_proxy();\n", ""), "no proxy fence"),
     "no proxy fence before summaries": (("segments.cuh", "    fence_async_proxy_everywhere();\n", ""), "no proxy fence"),
-    "a state left too early": (("recurrence.cuh", "    __threadfence();\n    __syncwarp();\n    if (thread % 32 == 0)\n        store_release(&handover.left", "    if (thread % 32 == 0)\n        store_release(&handover.left"), "a read after a write.* the workspace"),
+    "a state left too early": (("recurrence.cuh", "    __syncwarp();   // a release is for all that the warp has written\n", ""), "a read after a write.* the workspace"),
 }
 
 

@@ -47,6 +47,12 @@ __global__ void __launch_bounds__(kCtaThreads, 1) fwd_kernel(const __grid_consta
     auto& smem = *static_cast<SharedStorage*>(dynamic_shared_memory());
     if (threadIdx.x == 0)
         init_barriers(smem);
+    if (threadIdx.x == 32 && p.tokens > 0) {
+        prefetch_map(p.g);
+        prefetch_map(p.k);
+        prefetch_map(p.q);
+        prefetch_map(p.v_map);
+    }
     clear(smem.small);
     clear(smem.scratch);
     clear(smem.zeros);
@@ -69,7 +75,7 @@ __global__ void __launch_bounds__(kCtaThreads, 1) fwd_kernel(const __grid_consta
         else if (load_warp == 1)
             load_values<kSharing>(p, smem);
         else if (load_warp == 2)
-            mail_chunks(smem);
+            mail_chunks<kSharing>(smem);
         else
             schedule_chains<std::conditional_t<kSharing == Sharing::kSegments, SegmentWalk, SpanWalk>>(p, smem);
     }

@@ -47,6 +47,7 @@ __device__ __forceinline__ void load_chunks(const KernelParams& p, SharedStorage
                     if (elect_one())
                         load_summary_piece(chain, s, piece, smem.stages[slot], smem.ready[slot]);
                 }
+                count_fetches(chain, p.workspace.ticket, s);
             }
         }
         const int chunks = chain.chunks();
@@ -60,7 +61,8 @@ __device__ __forceinline__ void load_chunks(const KernelParams& p, SharedStorage
 }
 
 // What is prepared here, for the other CTA of the pair: once it is ready here, and there is room there.
-__device__ inline void mail_chunks(SharedStorage& smem) {
+template <Sharing kSharing>
+__device__ __forceinline__ void mail_chunks(SharedStorage& smem) {
     const uint32_t rank = blockIdx.x % kPair;
     uint32_t number = 0, pieces = 0, begun = 0;
     const auto there = [&](const void* here) { return address_in_cta(smem_address(here), 1 - rank); };
@@ -80,9 +82,18 @@ __device__ inline void mail_chunks(SharedStorage& smem) {
             mbarrier_wait(smem_address(&smem.free[mail.slot]), mail.parity ^ 1);   // passes in the first turn
             if (elect_one()) {
                 const uint32_t to = kOwnStages + mail.slot, landed = there(&smem.ready[to]);
-                mbarrier_arrive_expect_bytes_in_cluster(landed, sizeof(Stage) + sizeof(SmallFactors));
-                bulk_push(there(&smem.stages[to]), &smem.stages[slot], sizeof(Stage), landed);
-                bulk_push(there(&smem.small[to]), &smem.small[slot], sizeof(SmallFactors), landed);
+                const auto push = [&](const auto& here, const auto& to) { bulk_push(there(&to), &here, sizeof(here), landed); };
+                const Stage &own = smem.stages[slot], &mailed = smem.stages[to];
+                const bool outputs = kSharing == Sharing::kSpans || has_outputs(chain);
+                mbarrier_arrive_expect_bytes_in_cluster(landed, sizeof(Stage) - (outputs ? 0 : kHalves * kHalfTileBytes) + sizeof(SmallFactors));
+                if (outputs) {
+                    push(own, mailed);
+                } else {   // no qd
+                    for (int half = 0; half < kHalves; ++half)
+                        push(own.kq[half][0], mailed.kq[half][0]);
+                    push(own.g, mailed.g);
+                }
+                push(smem.small[slot], smem.small[to]);
             }
         }
         begun += chunks;

@@ -38,7 +38,6 @@ public:
           lane(threadIdx.x % 32),
           r(lane / 4),
           c(lane % 4),
-          gate_offset(smem_address(scratch.gate_offset) + (half * kHalf + r) * 4),
           block_offset(lane % 16 * 128 + ((lane / 16 ^ lane % 8) << 4)),
           turned_block_offset((lane % 8 + lane / 16 * 8) * 128 + ((lane / 8 % 2 ^ lane % 8) << 4)) {
         const auto ones = [&](int row, int token) {   // -2^-10 at this token and the next one, where they are no later than the row
@@ -54,9 +53,9 @@ public:
     __device__ __forceinline__ void set_head(const KernelParams& p, uint32_t head) {
         gate_slope = fminf(-expf(p.A_log[head]) * kLog2E, -1e-30f);
         const float offset = log2f(inverse_bound);
-        for (int channel = half * kHalf + lane; channel < (half + 1) * kHalf; channel += 32)   // dt_bias is aligned to no more than a float
-            scratch.gate_offset[channel] = fmaf(gate_slope, p.dt_bias[head * kDim + channel], offset);
-        __syncwarp();
+        for (int i = 0; i < kHalfBlocks; ++i)
+            for (int j = 0; j < 2; ++j)
+                gate_offset[i][j] = fmaf(gate_slope, p.dt_bias[head * kDim + half * kHalf + 16 * i + 8 * j + r], offset);
     }
 
     // `valid` tokens of the chunk are the sequence's own; the rest must leave no trace. Lane l holds token l's beta, a bf16. Without
@@ -91,7 +90,7 @@ private:
     float gate_slope;
     const float inverse_bound, scale;
     const int lane, r, c;
-    const uint32_t gate_offset;
+    float gate_offset[kHalfBlocks][2];   // of the warp's channels 16 i + 8 j + r
     // ldmatrix.x4 and stmatrix.x4 take a [16, 16] block as its quarters (rows 0-7, columns 0-7), (rows 8-15, columns 0-7), (rows 0-7,
     // columns 8-15), (rows 8-15, columns 8-15), lane l giving row l % 8 of quarter l / 8: the register order of an mma A fragment. This
     // is the lane's row of the first block of a half tile, the others' is this ^ 32 block.
@@ -144,7 +143,7 @@ private:
         constexpr int kAtOnce = 2;   // chains of dependent instructions, to hide each other's latencies
         Logits logits[kHalfBlocks];
         for (int i = 0; i < kHalfBlocks; ++i)
-            logits[i] = load_block(g ^ i * 32, gate_offset + i * 16 * 4);   // 32 bytes are 16 channels, before the swizzle
+            logits[i] = load_block(g ^ i * 32, gate_offset[i]);   // 32 bytes are 16 channels, before the swizzle
         for (int first = 0; first < kHalfBlocks; first += kAtOnce) {
             uint32_t k_block[kAtOnce][4], q_block[kAtOnce][4];
             Gates gates[kAtOnce];
@@ -166,11 +165,11 @@ private:
         float offset[2];   // of channels r and r + 8
     };
 
-    __device__ __forceinline__ Logits load_block(uint32_t g_address, uint32_t offset_address) const {
+    __device__ __forceinline__ Logits load_block(uint32_t g_address, const float (&offset)[2]) const {
         Logits x;
         ldmatrix_x4_trans(x.g, g_address);
         for (int j = 0; j < 2; ++j)
-            x.offset[j] = load_shared_float(offset_address + j * 32);
+            x.offset[j] = offset[j];
         return x;
     }
 

@@ -4,6 +4,8 @@
 //   [R | O]' = S_b [-W | qd]' + v' [T | 0]'      one chain of m64n32k16
 //   O'      += R' Z'                              one m64n16k16
 //   S        = S diag(E) + R' kr                  one m64n128k16; S decays while the first products run
+//
+// Where nobody wants the outputs, all that concerns O is left out.
 #pragma once
 
 #include <cstddef>
@@ -75,8 +77,7 @@ __device__ __forceinline__ void leave_state(Handover& handover, uint64_t ticket,
     const int thread = thread_index() % kWarpgroup;
     for (int i = 0; i < kStateRegisters / 4; ++i)
         handover.state[half][i][thread] = {S[4 * i], S[4 * i + 1], S[4 * i + 2], S[4 * i + 3]};
-    __threadfence();
-    __syncwarp();
+    __syncwarp();   // a release is for all that the warp has written
     if (thread % 32 == 0)
         store_release(&handover.left[half * 4 + thread / 32], ticket);
 }
@@ -189,21 +190,23 @@ __device__ __forceinline__ void recur_chains(const KernelParams& p, SharedStorag
             places = find_places(values);   // a composition leaves them no registers
             output = has_outputs(chain);
         }
-        if (chain.from == From::kInitialState)
+        if (chain.from == From::kInitialState) {
             load_state(p, chain, rank(), S);
-        else if (!kSegments)
-            fetch_state(behind_span[-1], p.workspace.ticket, 1, rank(), S);
-        else if (chain.from == From::kIdentity)
+        } else if (!kSegments) {
+            uint64_t* const left = fetch_state(behind_span[-1], p.workspace.ticket, rank(), S);
+            if (lane == 0)
+                count_fetch(left, p.workspace.ticket, 1);
+        } else if (chain.from == From::kIdentity) {
             set_identity(rank(), S);
-        else if (chain.from == From::kZero)
+        } else if (chain.from == From::kZero) {
             clear_state(S);
+        }
         if (in_user_units(chain))
             for (float& x : S)
                 x /= kStateUp;
         places.writer.seek(p.out + (chain.first_row * p.heads + chain.head) * kDim + rank() * kHalf + warp * 16);
-        uint32_t O[4] = {};      // of the previous chunk, whose way out is hidden behind this chunk's products,
-        int to_store = 0;        // and how many of its tokens are wanted
-        const int full = !kSegments || output ? kChunk : 0;
+        uint32_t O[4] = {};   // of the previous chunk, whose way out is hidden behind this chunk's products,
+        int to_store = 0;     // and how many tokens it has
         const int chunks = __reduce_max_sync(~0u, chain.chunks());
         number = __reduce_max_sync(~0u, number);
         pieces = __reduce_max_sync(~0u, pieces);
@@ -217,8 +220,8 @@ __device__ __forceinline__ void recur_chains(const KernelParams& p, SharedStorag
             return address(smem.ready) + (here ? own.slot : kOwnStages + mail.slot) * 8;
         };
         bool is_ready = false, has_come = false;
-        const auto step = [&](auto prepared_here) {
-            constexpr bool kHere = prepared_here;
+        const auto step = [&](auto prepared_here, auto with_outputs) {
+            constexpr bool kHere = prepared_here, kOutputs = with_outputs;
             const Turn<kOwnStages> own(number / kPair + pieces);   // here or there
             const Turn<kMailStages> mail(number / kPair);
             const Turn<kValueStages> values_turn(values_number);
@@ -239,15 +242,20 @@ __device__ __forceinline__ void recur_chains(const KernelParams& p, SharedStorag
             const MatrixDescriptor kr = matrix_descriptor(stage_sixteenth + offsetof(Stage, g) / 16, Swizzle::k128Bytes, kHalfTileBytes, 8 * 128);
             const MatrixDescriptor t = matrix_descriptor(factors_sixteenth + offsetof(SmallFactors, t) / 16, Swizzle::kNone, kTColumnBytes, 128);
             const MatrixDescriptor z = matrix_descriptor(factors_sixteenth + offsetof(SmallFactors, z) / 16, Swizzle::kNone, kZColumnBytes, 128);
-            float RO[16];   // R in the first half, O in the second
+            using First = std::conditional_t<kOutputs, StepAtom, OutputAtom>;
+            float RO[kOutputs ? 16 : 8];   // R in the first half, O in the second
             fence_operands(RO);
             cute::warpgroup_arrive();
-            wgmma<StepAtom>(RO, v, t, ScaleOut::Zero);
+            wgmma<First>(RO, v, t, ScaleOut::Zero);
             for (int s = 0; s < kBlocks; ++s)   // 16 channels are 32 bytes of a swizzled row
-                wgmma<StepAtom>(RO, S_b + 4 * s, w + ((s / 4 * 2 * kHalfTileBytes + s % 4 * 32) >> 4));
+                wgmma<First>(RO, S_b + 4 * s, w + ((s / 4 * 2 * kHalfTileBytes + s % 4 * 32) >> 4));
             cute::warpgroup_commit_batch();
 
-            const uint4 out = places.writer.transpose(O);
+            uint4 out;
+            if constexpr (kOutputs)
+                out = places.writer.transpose(O);
+            else
+                __syncwarp();   // as `transpose` does: it holds back the loads
             float4 e[kDim / 16];   // loaded no sooner: the compiler would let S decay between the products
             for (int j = 0; j < kDim / 16; ++j)
                 e[j] = load_shared_float4(places.e + small + j * 16);
@@ -262,16 +270,22 @@ __device__ __forceinline__ void recur_chains(const KernelParams& p, SharedStorag
             float O_new[8];
             for (int i = 0; i < 4; ++i)
                 R[i] = pack_bf16(RO[2 * i], RO[2 * i + 1]);
-            for (int i = 0; i < 8; ++i)
-                O_new[i] = RO[8 + i];
+            if constexpr (kOutputs) {
+                for (int i = 0; i < 8; ++i)
+                    O_new[i] = RO[8 + i];
+            }
             fence_operands(O_new);
             cute::warpgroup_arrive();
             wgmma<UpdateAtom>(S, R, kr);
-            wgmma<OutputAtom>(O_new, R, z);
+            if constexpr (kOutputs)
+                wgmma<OutputAtom>(O_new, R, z);
             cute::warpgroup_commit_batch();
-            const float2 scale_low = load_shared_float2(places.out_scale + small), scale_high = load_shared_float2(places.out_scale + small + 32);
-            places.writer.store(out, to_store);
-            to_store = full;
+            float2 scale_low, scale_high;
+            if constexpr (kOutputs) {
+                scale_low = load_shared_float2(places.out_scale + small), scale_high = load_shared_float2(places.out_scale + small + 32);
+                places.writer.store(out, to_store);
+                to_store = kChunk;
+            }
             ++number;
             values_number += !kSegments || values;
             uint32_t parity;
@@ -291,18 +305,32 @@ __device__ __forceinline__ void recur_chains(const KernelParams& p, SharedStorag
             }
             if (!kSegments || values)
                 mbarrier_arrive(address(smem.values_empty) + values_turn.slot * 8);
-            for (int i = 0; i < 2; ++i) {
-                O[i] = pack_bf16(O_new[2 * i] * scale_low.x, O_new[2 * i + 1] * scale_low.y);
-                O[2 + i] = pack_bf16(O_new[4 + 2 * i] * scale_high.x, O_new[5 + 2 * i] * scale_high.y);
+            if constexpr (kOutputs) {
+                for (int i = 0; i < 2; ++i) {
+                    O[i] = pack_bf16(O_new[2 * i] * scale_low.x, O_new[2 * i + 1] * scale_low.y);
+                    O[2 + i] = pack_bf16(O_new[4 + 2 * i] * scale_high.x, O_new[5 + 2 * i] * scale_high.y);
+                }
             }
         };
-        for (int chunk = 0; chunk < chunks; ++chunk)
-            if (number % kPair == static_cast<uint32_t>(rank()))
-                step(std::true_type());
-            else
-                step(std::false_type());
-        if (chunks > 0)
-            places.writer.store(places.writer.transpose(O), min(full, chain.length - (chunks - 1) * kChunk));
+        const auto steps = [&](auto with_outputs) {
+            bool begin_there = number % kPair != static_cast<uint32_t>(rank());
+            for (int left = chunks; left > 0; --left) {   // by turns
+                if (!begin_there) {
+                    step(std::true_type(), with_outputs);
+                    if (--left == 0)
+                        break;
+                }
+                begin_there = false;
+                step(std::false_type(), with_outputs);
+            }
+        };
+        if (!kSegments || output) {
+            steps(std::true_type());
+            if (chunks > 0)
+                places.writer.store(places.writer.transpose(O), min(kChunk, chain.length - (chunks - 1) * kChunk));
+        } else {
+            steps(std::false_type());
+        }
         if (chain.to == To::kFinalState) {
             if (!passes_through(chain))
                 for (float& x : S)
@@ -311,7 +339,7 @@ __device__ __forceinline__ void recur_chains(const KernelParams& p, SharedStorag
         } else if constexpr (!kSegments) {
             leave_state(*behind_span, p.workspace.ticket, rank(), S);
         } else if (chain.to == To::kM) {
-            leave_matrix(*chain.handover, p.workspace.ticket, rank(), S);
+            leave_matrix(*chain.handover, p.workspace.ticket, rank(), smem.out[warp], S);
         } else if (chain.to != To::kNowhere) {
             leave_state(*chain.handover, p.workspace.ticket, rank(), S);
         }

@@ -135,43 +135,56 @@ private:
 
 // ---- summaries through the workspace
 
-// Waits for what a warp leaves, and counts how often that was: the last of all fetches takes the ticket away, for a graph's next replay has the
-// same one.
-__device__ __forceinline__ void fetch(uint64_t* left, uint64_t ticket, int fetches) {
+// Waits for what a warp leaves.
+__device__ __forceinline__ void await_left(uint64_t* left, uint64_t ticket) {
     while (load_acquire(left) - ticket >= 1 << 16) {
     }
+}
+
+// Counts how often that was: the last of all fetches takes the ticket away, for a graph's next replay has the same one.
+__device__ __forceinline__ void count_fetch(uint64_t* left, uint64_t ticket, int fetches) {
     if (atomic_add(left, 1) + 1 == ticket + fetches)
         *left = 0;
 }
 
 // M, whose rows are those of the state, in blocks of 16 rows, a warp's own, each as its bf16 part and what that lacks, both as
-// two HalfTiles.
-__device__ __forceinline__ void leave_matrix(Handover& summary, uint64_t ticket, int half, const float (&S)[kStateRegisters]) {
-    const int thread = half * kWarpgroup + thread_index() % kWarpgroup, r = thread % 32 / 4, c = thread % 4;
-    auto& block = summary.matrix[thread / 32];
-    for (int j = 0; j < kDim / 8; ++j)
-        for (int h = 0; h < 2; ++h) {
-            const float x = S[4 * j + 2 * h] * kStateUp, y = S[4 * j + 2 * h + 1] * kStateUp;
-            const uint32_t high = pack_bf16(x, y), low = pack_bf16(x - low_bf16(high), y - high_bf16(high));
-            const int at = (r + 8 * h) * kHalf + ((j % 8) ^ r) * 8 + 2 * c;
-            *reinterpret_cast<uint32_t*>(&block[0][j / 8][at]) = high;
-            *reinterpret_cast<uint32_t*>(&block[1][j / 8][at]) = low;
+// two HalfTiles. By tiles [16, 16] through `patch`, the warp's: written from the registers, a row would come in pieces of 4 bytes.
+__device__ __forceinline__ void leave_matrix(Handover& summary, uint64_t ticket, int half, bf16* patch, const float (&S)[kStateRegisters]) {
+    const int warp = half * 4 + thread_index() % kWarpgroup / 32, lane = thread_index() % 32, row = lane / 2;
+    auto& block = summary.matrix[warp];
+    const auto unit = [&](int t, int u) { return smem_address(patch) + (2 * t + (u ^ (t / 4 % 2))) * 16; };   // as OutputWriter's
+    const uint32_t store_address = unit(lane % 16, lane / 16), load_address = unit(row, lane % 2);
+    for (int j = 0; j < kDim / 16; ++j) {
+        uint32_t parts[2][4];   // high and low
+        for (int i = 0; i < 4; ++i) {
+            const float x = S[8 * j + 2 * i] * kStateUp, y = S[8 * j + 2 * i + 1] * kStateUp;
+            parts[0][i] = pack_bf16(x, y);
+            parts[1][i] = pack_bf16(x - low_bf16(parts[0][i]), y - high_bf16(parts[0][i]));
         }
-    __threadfence();
-    __syncwarp();
-    if (thread % 32 == 0)
-        store_release(&summary.left[thread / 32], ticket);
+        for (int part = 0; part < 2; ++part) {
+            __syncwarp();   // what stood in the patch has been read
+            stmatrix_x4(store_address, parts[part]);
+            __syncwarp();
+            *reinterpret_cast<uint4*>(&block[part][j / 4][row * kHalf + ((2 * j + lane % 2) % 8 ^ row % 8) * 8]) = load_shared_16_bytes(load_address);
+        }
+    }
+    __syncwarp();   // a release is for all that the warp has written
+    if (lane == 0)
+        store_release(&summary.left[warp], ticket);
 }
 
-__device__ __forceinline__ void fetch_state(Handover& summary, uint64_t ticket, int fetches, int half, float (&S)[kStateRegisters]) {
+// What the same warp of another pair has left. The fetch is still to be counted, by a lane, when there is time.
+__device__ __forceinline__ uint64_t* fetch_state(Handover& summary, uint64_t ticket, int half, float (&S)[kStateRegisters]) {
     const int thread = thread_index() % kWarpgroup;
+    uint64_t* const left = &summary.left[half * 4 + thread / 32];
     if (thread % 32 == 0)
-        fetch(&summary.left[half * 4 + thread / 32], ticket, fetches);
+        await_left(left, ticket);
     __syncwarp();
     for (int i = 0; i < 16; ++i) {
         const float4 x = summary.state[half][i][thread];
         S[4 * i] = x.x, S[4 * i + 1] = x.y, S[4 * i + 2] = x.z, S[4 * i + 3] = x.w;
     }
+    return left;
 }
 
 // A summary passes through the stages of the CTA's own chunks in pieces: B, of the CTA's half, then M, a block a stage.
@@ -185,17 +198,27 @@ __device__ __forceinline__ int summarised(const Chain& chain, int composition) {
 // B and M of a segment, or of two.
 __device__ __forceinline__ Handover* summary_of(const Chain& chain, int segment) { return &chain.handovers[2 * segment - 1]; }
 
-// Until the summary is there. Called by all lanes, each for the part of another warp.
-__device__ __forceinline__ void await_summary(const Chain& chain, uint64_t ticket, int composition) {
+// A lane for the part of each warp that leaves some of a summary; `does` gets the word and how often the part is fetched.
+template <class Does>
+__device__ __forceinline__ void for_each_part(const Chain& chain, int composition, Does does) {
     const int lane = threadIdx.x % 32, segment = summarised(chain, composition);
     const int fetches = segment % 2 == 1 ? 1 : chain.segments - 1 - segment;   // by the next segment's replay; of two segments, by all behind
     Handover* const summary = summary_of(chain, segment);
     if (lane < 4)
-        fetch(&summary[0].left[blockIdx.x % kPair * 4 + lane], ticket, fetches);
+        does(&summary[0].left[blockIdx.x % kPair * 4 + lane], fetches);
     else if (lane < 4 + kHalves * 4)
-        fetch(&summary[1].left[lane - 4], ticket, kPair * fetches);
+        does(&summary[1].left[lane - 4], kPair * fetches);
+}
+
+// Until the summary is there. Called by all lanes.
+__device__ __forceinline__ void await_summary(const Chain& chain, uint64_t ticket, int composition) {
+    for_each_part(chain, composition, [&](uint64_t* left, int) { await_left(left, ticket); });
     __syncwarp();
     fence_async_proxy_everywhere();
+}
+
+__device__ __forceinline__ void count_fetches(const Chain& chain, uint64_t ticket, int composition) {
+    for_each_part(chain, composition, [&](uint64_t* left, int fetches) { count_fetch(left, ticket, fetches); });
 }
 
 // Called by one thread.
@@ -221,7 +244,7 @@ __device__ __forceinline__ void compose(const KernelParams& p, SharedStorage& sm
         mbarrier_wait(smem_address(&smem.ready[own.slot]), own.parity);
         return own.slot;
     };
-    fetch_state(chain.handovers[0], p.workspace.ticket, chain.segments - 1, blockIdx.x % kPair, S);
+    uint64_t* const left = fetch_state(chain.handovers[0], p.workspace.ticket, blockIdx.x % kPair, S);
     for (int compositions = chain.compositions; compositions > 0; --compositions) {
         uint32_t high[kStateRegisters / 2], low[kStateRegisters / 2];
         for (int i = 0; i < kStateRegisters / 2; ++i) {
@@ -257,6 +280,8 @@ __device__ __forceinline__ void compose(const KernelParams& p, SharedStorage& sm
         fence_operands(S);
         release(Turn<kOwnStages>(number - 1).slot);
     }
+    if (thread % 32 == 0)
+        count_fetch(left, p.workspace.ticket, chain.segments - 1);
 }
 
 }  // namespace flash_kda::sm90

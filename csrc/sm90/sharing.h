@@ -13,19 +13,22 @@ constexpr int kPair = 2;
 
 constexpr int kStateChunks = 6;   // a chain's states take as long to come and go as so many chunks do
 
-// Into how many segments a sequence of so many chunks is cut, each of at least `least_chunks`, the first of twice as many.
+// Into how many segments a sequence of so many chunks is cut, each of at least `least_chunks`.
 constexpr int segments_of(int chunks, int least_chunks, int most) {
     const int fit = chunks / least_chunks - 1, n = fit < 1 ? 1 : fit < most ? fit : most;
     return n == 2 && most > 2 ? 1 : n;   // two segments, one after the other, are done no sooner than the whole
 }
 
+// All segments of a chain are equally long but the first, whose task makes outputs and takes as long as two of the others' without.
+constexpr int kFirst = 7, kOther = 4;
+
 // The first chunk of a segment.
 constexpr int border_of(int chunks, int segment, int segments) {
-    return segment == 0 ? 0 : static_cast<int>(static_cast<long long>(chunks) * (segment + 1) / (segments + 1));
+    return segment == 0 ? 0 : static_cast<int>(static_cast<long long>(chunks) * (kFirst + kOther * (segment - 1)) / (kFirst + kOther * (segments - 1)));
 }
 
-// A chain's tasks, each a pair's: summaries, as long as two segments; then, of all segments but the first, a replay. A chain that is not cut
-// is replayed from its initial state.
+// A chain's tasks, each a pair's: summaries, of the first segment or of two; then, of all segments but the first, a replay. A chain that is
+// not cut is replayed from its initial state.
 constexpr int summaries_of(int segments) { return segments - 1; }
 constexpr int replays_of(int segments) { return segments > 1 ? segments - 1 : 1; }
 

@@ -47,7 +47,6 @@ struct PrepareScratch {
     float x[2][8][12];                      // their inverses; rows kept apart in banks
     alignas(16) float columns[2][kChunk];   // scales of T's columns: as the recurrence wants it, and for W = T D kd
     alignas(16) bf16 minus_t[4 * 8 * 8];    // -T D as the quarters of an A operand, of which the third stays zero
-    float gate_offset[kDim];                // of the chunk's head; see prepare.cuh
     float4 L[2][32], Z[2][32];              // a member's half of the sum over channels, for the other one; and
     float2 q_squares[32];
 };

@@ -16,4 +16,7 @@ __device__ __forceinline__ void load_box(const CUtensorMap& map, uint64_t& loade
     cute::SM90_TMA_LOAD_4D::copy(&map, &loaded, static_cast<uint64_t>(hint), &to, 0, row, half, head);
 }
 
+// Saves the first load the time that it takes to get there.
+__device__ __forceinline__ void prefetch_map(const CUtensorMap& map) { cute::prefetch_tma_descriptor(&map); }
+
 }  // namespace flash_kda::sm90
