@@ -71,17 +71,18 @@ def test_forced_segments(num_sequences, tokens, heads, packed, num_segments, seg
     assert layout(plan) == (chains, "segments", segments, grid, handovers * HANDOVER_BYTES) and plan.least_chunks == 1
 
 
-@pytest.mark.parametrize("tokens, heads, num_segments, steps, compositions", [
-    (6400, 2, 2, 400 + 12, 0),  # one after the other
-    (6400, 2, 3, 300 + 12, 1),
-    (6400, 2, 4, 240 + 12, 1),
-    (6400, 2, 19, 60 + 12, 9),
-    (6400, 2, 34, 400 / 35 * 3 + 12, 16),  # a summary and a replay for every pair
-    (6400, 2, 35, 400 / 36 * 6 + 24, 17),  # two for some
+@pytest.mark.parametrize("tokens, heads, num_segments, rounds, compositions", [
+    (6400, 2, 2, 1, 0),  # one after the other
+    (6400, 2, 3, 1, 1),
+    (6400, 2, 4, 1, 1),
+    (6400, 2, 19, 1, 9),
+    (6400, 2, 34, 1, 16),  # a summary and a replay for every pair
+    (6400, 2, 35, 2, 17),  # two for some
 ])
-def test_what_the_busiest_pair_does(tokens, heads, num_segments, steps, compositions):
-    """A summary of two segments, a replay of one, and each one's states."""
+def test_what_the_busiest_pair_does(tokens, heads, num_segments, rounds, compositions):
+    """A summary, at most as long as the first segment, a replay of another one, and each one's states: 9 chunks."""
     work = _C.plan(1, tokens, heads, False, num_segments, SMS).work
+    steps = rounds * (400 * (7 + 4) / (7 + 4 * (num_segments - 1)) + 2 * 9)
     assert (work.steps, work.compositions, work.summaries) == (pytest.approx(steps), compositions, 1)
 
 

@@ -8,7 +8,7 @@
 //
 // All with k and q as they come: no pass over the chunk to find their norms first. Against T and W of unit keys, T and W here
 // have rows divided by |k|, so that the residual R = T v - W S comes out divided by |k| as well, which is just what Z and kr, too long by
-// |k|, want of it; and q's norm joins the scale at the output. The norms appear only in [16]-vectors. ki stays in registers, for L and Z.
+// |k|, want of it; and q's norm joins the scale at the output. The norms appear only in [16]-vectors. kd and ki stay in registers.
 //
 // Channels go by in blocks of 16. Registers hold [16, 16] blocks in the mma fragment order: lane 4 r + c has rows r and r + 8, columns
 // 2 c, 2 c + 1, 2 c + 8 and 2 c + 9; accumulators of two neighbouring [16, 8] products have just that order, so products chain in

@@ -1,10 +1,10 @@
 // Few chains, and long ones: cut in time, into segments done side by side.
 //
 // Over a stretch of tokens the state goes to S M + B: B is the state that zero would become, M the one that the identity would become
-// without values. First the summaries, of all segments of a chain but the last. The first segment, twice as long as the others, is done as
-// it is and gives the state S1 behind it. The others are summarised two by two, 1 and 2, 3 and 4, ...: one task does B of both, and leaves it
-// behind the first and behind the second; another does M. One that is left over has one task for M and B. So all these tasks are equally
-// long. All of them are the recurrence as it is. Then the replays of all segments but the first, and of chains that are not cut: the state
+// without values. First the summaries, of all segments of a chain but the last. The first segment, longer than the others, is done as it is
+// and gives the state S1 behind it. The others are summarised two by two, 1 and 2, 3 and 4, ...: one task does B of both, and leaves it
+// behind the first and behind the second; another does M. One that is left over has one task for M and B. All these tasks take about as
+// long as one another, and all of them are the recurrence as it is. Then the replays of all segments but the first, and of chains that are not cut: the state
 // before segment s is, with B_i and M_i of segment i alone where i is odd and of i - 1 and i where it is even,
 //
 //   S = ((S1 M_2 + B_2) M_4 + B_4) ...     and at last, where s is even, M_(s - 1) and B_(s - 1),

@@ -11,7 +11,7 @@ enum class Sharing {
 
 constexpr int kPair = 2;
 
-constexpr int kStateChunks = 6;   // a chain's states take as long to come and go as so many chunks do
+constexpr int kStateChunks = 9;   // a chain's states take as long to come and go as so many chunks do
 
 // Into how many segments a sequence of so many chunks is cut, each of at least `least_chunks`.
 constexpr int segments_of(int chunks, int least_chunks, int most) {
@@ -19,12 +19,14 @@ constexpr int segments_of(int chunks, int least_chunks, int most) {
     return n == 2 && most > 2 ? 1 : n;   // two segments, one after the other, are done no sooner than the whole
 }
 
-// All segments of a chain are equally long but the first, whose task makes outputs and takes as long as two of the others' without.
-constexpr int kFirst = 7, kOther = 4;
+// A chain's segments are equally long but the first, whose task makes outputs and takes as long as that of two others, which makes none.
+// In units of which a chain of n segments has so many:
+constexpr int kFirstUnits = 7, kOtherUnits = 4;
+constexpr int units_of(int segments) { return kFirstUnits + kOtherUnits * (segments - 1); }
 
 // The first chunk of a segment.
 constexpr int border_of(int chunks, int segment, int segments) {
-    return segment == 0 ? 0 : static_cast<int>(static_cast<long long>(chunks) * (kFirst + kOther * (segment - 1)) / (kFirst + kOther * (segments - 1)));
+    return segment == 0 ? 0 : static_cast<int>(static_cast<long long>(chunks) * units_of(segment) / units_of(segments));
 }
 
 // A chain's tasks, each a pair's: summaries, of the first segment or of two; then, of all segments but the first, a replay. A chain that is
