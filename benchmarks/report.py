@@ -373,10 +373,10 @@ def tried_table(history: History) -> str:
 
 
 def profile_table(history: History) -> str:
-    """Figures of Nsight Compute's."""
+    """Figures of Nsight Compute's, or what else says where the time goes."""
     lines = [[entry["quantity"], ("%g %s" % (entry["value"], entry["unit"])).strip(), str(entry["version"])]
              for entry in history["profile"]]
-    return _table(["Nsight Compute", "value", "version"], lines, text_columns=1)
+    return _table(["quantity", "value", "version"], lines, text_columns=1)
 
 
 class Kind(NamedTuple):
