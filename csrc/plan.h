@@ -25,7 +25,7 @@ struct Plan {
     int64_t chains;             // (sequence, head) pairs: independent, each one serial in time
     sm90::Sharing sharing;      // of the chains among the CTAs
     int segments;               // of a chain in time, at most,
-    int least_chunks;           // each of so many at least, the first of twice as many
+    int least_chunks;           // each of so many at least
     uint32_t grid;              // CTAs, two a pair, no more than SMs: each fills one
     int64_t handovers;          // in a workspace of device memory that the launch needs
     Work work;

@@ -39,7 +39,7 @@ struct KernelParams {
     int64_t tokens;
     uint32_t num_sequences, heads;
     int segments;             // of a chain, at most,
-    int least_chunks;         // each of so many at least, the first of twice as many
+    int least_chunks;         // each of so many at least
     bool state_is_fp32;
     float scale;
     float lower_bound;

@@ -141,9 +141,9 @@ private:
         const uint32_t kr = smem_address(&stage.g[half]) + turned_block_offset;
         const uint32_t e = smem_address(small.e[c]) + half * (kHalf / 16) * 16;
         constexpr int kAtOnce = 2;   // chains of dependent instructions, to hide each other's latencies
-        Logits logits[kHalfBlocks];
+        uint32_t logits[kHalfBlocks][4];   // of channels r and r + 8, tokens 2 c and 2 c + 1, 2 c + 8 and 2 c + 9
         for (int i = 0; i < kHalfBlocks; ++i)
-            logits[i] = load_block(g ^ i * 32, gate_offset[i]);   // 32 bytes are 16 channels, before the swizzle
+            ldmatrix_x4_trans(logits[i], g ^ i * 32);   // 32 bytes are 16 channels, before the swizzle
         for (int first = 0; first < kHalfBlocks; first += kAtOnce) {
             uint32_t k_block[kAtOnce][4], q_block[kAtOnce][4];
             Gates gates[kAtOnce];
@@ -153,24 +153,11 @@ private:
                     ldmatrix_x4(q_block[i], (k ^ (first + i) * 32) + kHalfTileBytes);
             }
             for (int i = 0; i < kAtOnce; ++i)
-                gates[i] = cumulated_gates(logits[first + i]);
+                gates[i] = cumulated_gates(logits[first + i], gate_offset[first + i]);
             for (int i = 0; i < kAtOnce; ++i)
-                elementwise<kOutputs>(k_block[i], q_block[i], k ^ (first + i) * 32, kr ^ (first + i) * 32, e + (first + i) * 16, gates[i], kd[first + i], L, Z, Q);
+                elementwise<kOutputs>(k_block[i], q_block[i], k ^ (first + i) * 32, kr ^ (first + i) * 32, e + (first + i) * 16, gates[i],
+                                      kd[first + i], L, Z, Q);
         }
-    }
-
-    // Of a block [16 tokens, 16 channels].
-    struct Logits {
-        uint32_t g[4];     // of 8 channels each, tokens 2 c and 2 c + 1, 2 c + 8 and 2 c + 9
-        float offset[2];   // of channels r and r + 8
-    };
-
-    __device__ __forceinline__ Logits load_block(uint32_t g_address, const float (&offset)[2]) const {
-        Logits x;
-        ldmatrix_x4_trans(x.g, g_address);
-        for (int j = 0; j < 2; ++j)
-            x.offset[j] = offset[j];
-        return x;
     }
 
     // Of a block, as accumulators.
@@ -181,14 +168,14 @@ private:
 
     // On the tensor cores: [16, 16] ones on and under the diagonal, or everywhere, @ gate, the gates in fp16: 2^-11 of a gate, which next to
     // bf16 factors does not show.
-    __device__ __forceinline__ Gates cumulated_gates(const Logits& x) const {
+    __device__ __forceinline__ Gates cumulated_gates(const uint32_t (&g)[4], const float (&offset)[2]) const {
         constexpr uint32_t kMinusOne = 0x94009400, kAll[4] = {kMinusOne, kMinusOne, kMinusOne, kMinusOne};
         constexpr float kZero[4] = {};
         Gates sums;
         for (int j = 0; j < 2; ++j) {
-            const auto gate = [&](float logit) { return rcp_approx(inverse_bound + exp2_approx(fmaf(gate_slope, logit, x.offset[j]))); };
+            const auto gate = [&](float logit) { return rcp_approx(inverse_bound + exp2_approx(fmaf(gate_slope, logit, offset[j]))); };
             const auto gates = [&](uint32_t pair) { return pack_fp16(gate(low_bf16(pair)), gate(high_bf16(pair))); };
-            const uint32_t early = gates(x.g[2 * j]), late = gates(x.g[2 * j + 1]);
+            const uint32_t early = gates(g[2 * j]), late = gates(g[2 * j + 1]);
             mma_m16n8k16_fp16(sums.G[j], minus_ones, early, late, shift);
             mma_m16n8k16_fp16(sums.total[j], kAll, early, late, kZero);
         }

@@ -191,12 +191,6 @@ __device__ __forceinline__ void store_release(uint64_t* p, uint64_t x) {
     asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(x) : "memory");
 }
 
-__device__ __forceinline__ float load_shared_float(uint32_t address) {
-    float d;
-    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(d) : "r"(address) : "memory");
-    return d;
-}
-
 __device__ __forceinline__ float2 load_shared_float2(uint32_t address) {
     float2 d;
     asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(d.x), "=f"(d.y) : "r"(address) : "memory");

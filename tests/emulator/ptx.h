@@ -159,7 +159,6 @@ inline uint64_t atomic_add(uint64_t* p, uint64_t x) {
 
 inline uint32_t load_global_bf16(const __nv_bfloat16* p) { return p->bits; }
 
-inline float load_shared_float(uint32_t address) { return *reinterpret_cast<float*>(emulator::shared(address, 4)); }
 inline float2 load_shared_float2(uint32_t address) { return *reinterpret_cast<float2*>(emulator::shared(address, 8)); }
 inline float4 load_shared_float4(uint32_t address) { return *reinterpret_cast<float4*>(emulator::shared(address, 16)); }
 
