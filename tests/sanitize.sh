@@ -8,7 +8,7 @@ python=${PYTHON:-../.venv/bin/python}
 # An allocation a tensor: memcheck knows nothing of the tensors within a block of PyTorch's own.
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 
-# Warps hand shared memory over by one lane's arrival on an mbarrier after __syncwarp: an indirect dependency for the other lanes.
+# A stage goes from warps to warps and back to the copy engine by one mbarrier after another: an indirect dependency of the first and last.
 for tool in "memcheck" "racecheck --racecheck-indirect-barrier-dependency"; do
     echo "== $tool"
     # shellcheck disable=SC2086  # two words
