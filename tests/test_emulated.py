@@ -203,7 +203,6 @@ MISTAKES = {
     "a CTA that leaves early": (("fwd_kernel.cuh", "    sync_cluster();   // the other CTA may still speak to this one's shared memory\n", ""), "need not be there"),
     "a descriptor with the CTA's rank": (("matrix_descriptor.h", "(address & 0x3ffff) >> 4", "address >> 4"), None),
     "no padding": (("prepare.cuh", "        if (valid < kChunk)\n            clear_tail(stage, valid);", ""), None),
-    "a neighbour's values": (("load.cuh", "row < valid ? ", "true ? "), None),
     "a composition left out": (("segments.cuh", "chain.compositions = segment / 2;", "chain.compositions = (segment - 1) / 2;"), None),
     "a second segment from its own beginning": (("segments.cuh", "part == 1 && !alone ? From::kRegisters : ", ""), None),
     "a second segment alone": (("segments.cuh", "goes_on ? at.task : at.task + gridDim.x / kPair, goes_on,", "at.task + gridDim.x / kPair, 0,"), "locked up"),
@@ -224,6 +223,15 @@ def test_a_mistake_is_found(kernel, tmp_path, name):
     with pytest.raises((AssertionError, RuntimeError), match=message):
         for options in (dict(), CUT):
             check(x, *run(mistaken, x, **options), path="cuda", slack=1.5)
+
+
+def test_a_neighbours_values_are_found(kernel, tmp_path):
+    """Only what is no number gets through: T is zero there."""
+    x = make([21, 18], heads=1)
+    x.v[x.rows(1)] = float("nan")
+    mistaken = build(tmp_path / "mistake", ("load.cuh", "row < valid ? ", "true ? "))
+    assert run(kernel, x)[0][x.rows(0)].isfinite().all()
+    assert not run(mistaken, x)[0][x.rows(0)].isfinite().all()
 
 
 def test_without_a_mistake_nothing_is_found(kernel):
