@@ -58,9 +58,7 @@ def main(argv: Optional[List[str]] = None) -> None:
                         help="groups and row names, comma-separated (default: %(default)s)")
     parser.add_argument("--gates", type=some_of(GATES), default=",".join(GATES),
                         help="comma-separated (default: %(default)s)")
-    parser.add_argument("--peers", type=some_of(kernels.PEERS), default=",".join(kernels.QUICK_PEERS),
-                        help="comma-separated, of %s; those that are not installed are left out (default: %%(default)s)"
-                             % ", ".join(kernels.PEERS))
+    kernels.add_peers(parser)
     parser.add_argument("--out", help="path of the results without suffix (default: results/DEVICE beside this script)")
     args = parser.parse_args(argv)
     try:
@@ -70,8 +68,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     gates = args.gates
     if not gates:
         parser.error("no gate is named")
-    if not torch.cuda.is_available():
-        sys.exit("bench_fwd.py measures GPU time: PyTorch finds no CUDA device here.")
+    measure.require_cuda(parser.prog)
 
     json_path = record.json_path("", args.out)
     loaded = kernels.load(args.peers)

@@ -89,8 +89,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument("--out", help="path of the results without suffix (default: results/plan/DEVICE beside this "
                                       "script)")
     args = parser.parse_args(argv)
-    if not torch.cuda.is_available():
-        sys.exit("fit_plan.py measures GPU time: PyTorch finds no CUDA device here.")
+    measure.require_cuda(parser.prog)
 
     path = record.json_path("plan", args.out)
     result = record.run_state([kernels.FlashKda()])

@@ -3,6 +3,7 @@
 Beside ours: the FlashKDA build that vLLM's wheels carry, cuDNN's fused Hopper kernel, and flash-linear-attention's
 Triton `chunk_kda`. A peer that is not installed raises ImportError when it is made.
 """
+import argparse
 import ctypes
 import importlib.util
 import inspect
@@ -16,6 +17,7 @@ from typing import Callable, Dict, List, Tuple
 import torch
 
 from measure import Problem
+from rows import some_of
 
 Result = Tuple[torch.Tensor, torch.Tensor]
 
@@ -186,6 +188,13 @@ QUICK_PEERS = (VllmFlashKda.name, CudnnKda.name)  # those that do not autotune
 
 def _short(error: Exception) -> str:
     return ("%s: %s" % (type(error).__name__, error)).split("\n")[0][:200]
+
+
+def add_peers(parser: argparse.ArgumentParser) -> None:
+    """The argument of `load`."""
+    parser.add_argument("--peers", type=some_of(PEERS), default=",".join(QUICK_PEERS),
+                        help="comma-separated, of %s; those that are not installed are left out (default: %%(default)s)"
+                             % ", ".join(PEERS))
 
 
 def load(peers: List[str]) -> List:

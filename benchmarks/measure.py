@@ -1,5 +1,6 @@
 """Inputs and clocks: seeded problems, GPU time by CUDA-graph replay, host time, copy bandwidth, error."""
 import statistics
+import sys
 import time
 from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
 
@@ -10,6 +11,12 @@ from rows import HEAD_DIM, Row
 REPEATS = 20
 HOST_CALLS = 50
 LOWER_BOUND = -5.0
+
+
+def require_cuda(script: str) -> None:
+    """Exits where there is nothing to measure."""
+    if not torch.cuda.is_available():
+        sys.exit("%s measures GPU time: PyTorch finds no CUDA device here." % script)
 
 
 class Problem(NamedTuple):

@@ -44,16 +44,13 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gates", type=some_of(GATES), default=GATES[0],
                         help="comma-separated, of %s (default: %%(default)s)" % ", ".join(GATES))
-    parser.add_argument("--peers", type=some_of(kernels.PEERS), default=",".join(kernels.QUICK_PEERS),
-                        help="comma-separated, of %s; those that are not installed are left out (default: %%(default)s)"
-                             % ", ".join(kernels.PEERS))
+    kernels.add_peers(parser)
     parser.add_argument("--out", help="path of the results without suffix (default: results/scaling/DEVICE beside this "
                                       "script)")
     args = parser.parse_args(argv)
     if not args.gates:
         parser.error("no gate is named")
-    if not torch.cuda.is_available():
-        sys.exit("scaling.py measures GPU time: PyTorch finds no CUDA device here.")
+    measure.require_cuda(parser.prog)
 
     json_path = record.json_path("scaling", args.out)
     loaded = kernels.load(args.peers)
