@@ -61,8 +61,8 @@ def fwd(
             few heads leave the GPU idle this is several times faster; no assumption about the gates is made, and the
             error is the same, but other numbers of segments give other last bits. None chooses by T, N, H and the GPU;
             1 is the serial order, in which a sequence's bits are the same in every batch and pack; n cuts sequences of
-            at least 16 (n + 1) tokens into n, the first 7/4 as long as the others, shorter ones into fewer. The CPU
-            path knows the serial order only.
+            more than 16 n tokens into n, the first 7/4 as long as the others, shorter ones into fewer. The CPU path
+            knows the serial order only.
 
     All tensors are contiguous and on one device; on CUDA, q, k, v, g, out and the states start on a multiple of 16
     bytes. Bad input raises before anything is written or launched.

@@ -180,7 +180,7 @@ __device__ __forceinline__ uint64_t* fetch_state(Handover& summary, uint64_t tic
     if (thread % 32 == 0)
         await_left(left, ticket);
     __syncwarp();
-    for (int i = 0; i < 16; ++i) {
+    for (int i = 0; i < kStateRegisters / 4; ++i) {
         const float4 x = summary.state[half][i][thread];
         S[4 * i] = x.x, S[4 * i + 1] = x.y, S[4 * i + 2] = x.z, S[4 * i + 3] = x.w;
     }
