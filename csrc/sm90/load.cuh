@@ -73,8 +73,11 @@ __device__ __forceinline__ void mail_chunks(SharedStorage& smem) {
     };
     for (uint32_t n = 0; const Chain* next = await_chain(smem, n); give_back_chain(smem, n++)) {
         const Chain& chain = *next;
-        for (int left = chain.compositions * kSummaryPieces; left > 0; --left, ++pieces)
-            await_stage();   // not to be mailed, but every turn must be seen
+        for (int left = chain.compositions * kSummaryPieces; left > 0; --left, ++pieces) {   // not to be mailed, but every turn must be seen,
+            const uint32_t slot = await_stage();                                             // and must not be over before it is
+            if (threadIdx.x % 32 < kRecurrenceWarps)
+                mbarrier_arrive(smem_address(&smem.empty[slot]));   // in place of the other CTA
+        }
         const int chunks = chain.chunks();
         for (int chunk = (begun ^ rank) & 1; chunk < chunks; chunk += kPair, ++number) {
             const uint32_t slot = await_stage();

@@ -171,10 +171,7 @@ __device__ __forceinline__ void recur_chains(const KernelParams& p, SharedStorag
     const uint32_t empty_there = resident(address_in_cta(smem_address(smem.empty), 1 - rank()));
     const uint32_t first_lane = resident<uint32_t>(lane == 0);
     const uint32_t free_there = resident(address_in_cta(smem_address(smem.free), 1 - rank()));
-    const auto release_piece = [&](uint32_t slot) {   // nobody there has it: a lane here stands in for one there
-        mbarrier_arrive_in_cluster(empty_here + slot * 8, true);
-        mbarrier_arrive_in_cluster(empty_here + slot * 8, first_lane != 0);
-    };
+    const auto release_piece = [&](uint32_t slot) { mbarrier_arrive_in_cluster(empty_here + slot * 8, true); };   // nobody there has it
 
     uint32_t number = 0, pieces = 0, values_number = 0;   // chunks, pieces of summaries and chunks with values so far
     float S[kStateRegisters];

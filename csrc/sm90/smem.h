@@ -66,7 +66,7 @@ struct SharedStorage {
     uint64_t chains_empty[kChains];      // all others -> schedule
     uint64_t loaded[kOwnStages];         // copy engine -> prepare
     uint64_t ready[kStages];             // prepare -> recurrence, mail; copy engine, from the other CTA or with summaries -> recurrence
-    uint64_t empty[kOwnStages];          // recurrence; that of the other CTA, a lane a warp -> load
+    uint64_t empty[kOwnStages];          // recurrence; that of the other CTA, a lane a warp, or mail -> load
     uint64_t free[kMailStages];          // recurrence of the other CTA, a lane a warp -> mail
     uint64_t values_loaded[kValueStages];   // load values, copy engine -> recurrence
     uint64_t values_empty[kValueStages];    // recurrence -> load
