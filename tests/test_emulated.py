@@ -169,7 +169,7 @@ def test_many_compositions_in_a_pair(kernel, lens, segments):
     check(x, *run(kernel, x, sharing="segments", pairs=1, segments=segments, seed=2), path="cuda", slack=1.5)
 
 
-def test_pieces_wait_for_mail(tmp_path):
+def test_pieces_wait_for_mail(kernel, tmp_path):
     """However long that warp is held up before it looks at a piece, which it does not send: the ring must not go round past it."""
     loop = "--left, ++pieces) {"
     slow = build(tmp_path / "slow", ("load.cuh", loop, loop + " for (int i = 0; i < 100; ++i) __syncwarp();"))
