@@ -220,7 +220,7 @@ void copied(const void* to, const void* from, int bytes, const void* at) {
     });
     if (m.pending.size() <= m.agent)
         m.pending.resize(m.agent + 1);
-    m.pending[m.agent] = when;
+    m.pending[m.agent] = std::max(m.pending[m.agent], when);   // others may have copied for it since
 }
 
 void read_by_wgmma(const void* from, int bytes) {
