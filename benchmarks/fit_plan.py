@@ -28,7 +28,8 @@ from rows import Row
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 32768)
 HEADS = (2, 4, 8, 16, 24, 64, 96)
-SEGMENTS = (1, 3, 4, 5, 7, 9, 13, 17, 33)
+SEGMENTS = (1, 2, 3, 4, 5, 7, 9, 13, 17)
+FREE = 0  # what None is to flash_kda.fwd
 CHUNK = 16
 FIT_SCALE, FIT_ROUNDS = 0.05, 30
 PARTS = tuple(part for part in report.PLAN_UNITS if part != "launch")
@@ -42,25 +43,23 @@ def time_us(p: measure.Problem, num_segments: Optional[int]) -> float:
 
 
 def worth_measuring(tokens: int, heads: int, segments: int, sms: int) -> bool:
-    """Whether a segment has two chunks at least, and a pair of CTAs one summary and one replay at most.
+    """Whether a segment has four chunks at least, and a pair of CTAs one task at most in either phase.
 
-    Where pairs have several, the order in which these fall to them blurs what each costs. The first segment counts for two.
+    Where pairs have several, the order in which these fall to them blurs what each costs.
     """
-    return tokens >= (segments + 1) * 2 * CHUNK and heads * (segments - 1) <= sms // 2
+    return segments == 1 or tokens >= segments * 4 * CHUNK and heads * (2 * segments - 1) <= sms // 2
 
 
 def measure_shape(tokens: int, heads: int, sms: int) -> Tuple[List[Dict], Dict]:
     """A point a number of segments, with what the plan makes of it and its time; and the plan's own choice."""
     p = measure.problem(Row("plan", "T%d-H%d" % (tokens, heads), heads, (tokens,)), "random")
     points = []
-    for segments in SEGMENTS:
-        if worth_measuring(tokens, heads, segments, sms):
-            work = _C.plan(1, tokens, heads, False, segments, sms).work
-            points.append({"tokens": tokens, "heads": heads, "segments": segments, "us": time_us(p, segments),
-                           "work": {part: getattr(work, part) for part in PARTS}})
-    best = min(points, key=lambda x: x["us"])
-    chosen = _C.plan(1, tokens, heads, False, 0, sms)  # 0: free to choose, as None is to flash_kda.fwd
-    return points, {"tokens": tokens, "heads": heads, "segments": chosen.segments, "us": time_us(p, None),
+    for segments in [n for n in SEGMENTS if worth_measuring(tokens, heads, n, sms)] + [FREE]:
+        plan = _C.plan(1, tokens, heads, False, segments, sms)
+        points.append({"tokens": tokens, "heads": heads, "num_segments": segments, "segments": plan.segments,
+                       "us": time_us(p, segments or None), "work": {part: getattr(plan.work, part) for part in PARTS}})
+    best, chosen = min(points, key=lambda x: x["us"]), points[-1]
+    return points, {"tokens": tokens, "heads": heads, "segments": chosen["segments"], "us": chosen["us"],
                     "best_segments": best["segments"], "best_us": best["us"]}
 
 

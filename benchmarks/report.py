@@ -45,8 +45,9 @@ LABELS = {OURS: "flash_kda", "flashkda": "FlashKDA (vLLM)", "cudnn": "cuDNN", "f
 PLAN_UNITS = {  # of the plan's costs: a launch, then the parts of Work in csrc/plan.h
     "launch": "a call",
     "steps": "a chunk, by a pair of CTAs",
-    "compositions": "a summary composed with the next",
-    "summaries": "a call that has summaries: writing one, waiting for others",
+    "summaries": "a call that has summaries: leaving one, waiting for others",
+    "compositions": "a state composed with a segment's summary",
+    "corrections": "32 tokens' outputs corrected, by a pair, all pairs at once",
 }
 
 Result = Dict  # what a script here writes; all times in microseconds, all sizes in bytes

@@ -61,13 +61,15 @@ PYBIND11_MODULE(_C, m) {
     using flash_kda::Work;
     py::class_<Work>(m, "Work", "What the busiest CTA does, one after the other.")
         .def_readonly("steps", &Work::steps)
-        .def_readonly("compositions", &Work::compositions)
         .def_readonly("summaries", &Work::summaries)
+        .def_readonly("compositions", &Work::compositions)
+        .def_readonly("corrections", &Work::corrections)
         .def_property_readonly("microseconds", &Work::microseconds);
     py::class_<Plan>(m, "Plan", "How a call is laid out on the machine.")
         .def_readonly("chains", &Plan::chains)
         .def_property_readonly("sharing", [](const Plan& plan) { return flash_kda::name_of(plan.sharing); })
-        .def_readonly("segments", &Plan::segments)
+        .def_property_readonly("segments", &Plan::segments)
+        .def_readonly("tasks", &Plan::tasks)
         .def_readonly("least_chunks", &Plan::least_chunks)
         .def_readonly("grid", &Plan::grid)
         .def_property_readonly("workspace_bytes", &Plan::workspace_bytes)

@@ -39,41 +39,45 @@ Work serial_work(const Lengths& lengths, int64_t heads, int64_t pairs) {
     return work;
 }
 
-Work segmented_work(const Lengths& lengths, int64_t heads, const Plan& plan) {
+Work segmented_work(const Lengths& lengths, int64_t heads, int64_t all_pairs, const Plan& plan) {
+    const auto tasks = [&](int chunks) { return sm90::tasks_of(chunks, plan.least_chunks, plan.tasks); };
     struct Tasks {
         int64_t count;   // of a chain
-        double length;   // of one of them, with its states
-    };
-    const auto segments = [&](int chunks) { return sm90::segments_of(chunks, plan.least_chunks, plan.segments); };
-    const auto length = [](double chunks, int units, int n) { return chunks * units / sm90::units_of(n) + sm90::kStateChunks; };
-    const auto summaries = [&](int chunks) -> Tasks {
-        const int n = segments(chunks);
-        return {sm90::summaries_of(n), length(chunks, sm90::kFirstUnits, n)};
-    };
-    const auto replays = [&](int chunks) -> Tasks {
-        const int n = segments(chunks);
-        return {sm90::replays_of(n), length(chunks, n > 1 ? sm90::kOtherUnits : sm90::kFirstUnits, n)};
+        double length;   // of one of them
     };
     const int64_t others = lengths.sequences - 1;
     // By all pairs in turn, one after the other of tasks as long as the mean, and nobody sooner than his longest.
-    const auto steps = [&](const Tasks& longest, const Tasks& rest) -> double {
-        const int64_t tasks = heads * (longest.count + others * rest.count);
-        if (tasks == 0)
+    const auto busiest = [&](auto of) -> double {
+        const Tasks longest = of(lengths.longest), rest = of(lengths.rest);
+        const int64_t all = heads * (longest.count + others * rest.count);
+        if (all == 0)
             return 0;
         const double total = heads * (longest.count * longest.length + others * rest.count * rest.length);
-        return std::max({longest.count > 0 ? longest.length : 0, rest.count > 0 && others > 0 ? rest.length : 0, divide_up(tasks, plan.pairs()) * (total / tasks)});
+        return std::max({longest.count > 0 ? longest.length : 0, rest.count > 0 && others > 0 ? rest.length : 0, divide_up(all, plan.pairs()) * (total / all)});
+    };
+    const auto summaries = [&](int chunks) -> Tasks {
+        const int n = tasks(chunks);
+        return {n > 1 ? n : 0, static_cast<double>(chunks) * sm90::kSegmentUnits / sm90::units_of(n) + sm90::kStateChunks};
+    };
+    const auto whole = [&](int chunks) -> Tasks { return {tasks(chunks) == 1, static_cast<double>(chunks) + sm90::kStateChunks}; };
+    const auto corrected = [&](int chunks) -> double {   // chunks
+        const int n = tasks(chunks), units = sm90::units_of(n);
+        return n > 1 ? static_cast<double>(chunks) * (units - sm90::kSegmentUnits) / units : 0;
     };
     Work work{};
-    work.steps = steps(summaries(lengths.longest), summaries(lengths.rest)) + steps(replays(lengths.longest), replays(lengths.rest));
-    work.compositions = (segments(lengths.longest) - 1) / 2;
-    work.summaries = segments(lengths.longest) > 1 ? 1 : 0;
+    work.steps = busiest(summaries) + busiest(whole);
+    if (const int n = tasks(lengths.longest); n > 1) {
+        work.summaries = 1;
+        work.compositions = sm90::segments_of(n) - 1;
+        work.corrections = heads * (corrected(lengths.longest) + others * corrected(lengths.rest)) * sm90::kChunk / sm90::kCorrected / all_pairs;
+    }
     return work;
 }
 
 }  // namespace
 
 double Work::microseconds() const {
-    return 5.84 + 0.469 * steps + 3.28 * compositions + 3.3 * summaries;
+    return 6.05 + 0.489 * steps + 3.35 * summaries + 1.87 * compositions + 0.433 * corrections;
 }
 
 Plan make_plan(int64_t num_sequences, int64_t tokens, int64_t heads, bool packed, int num_segments, int sms) {
@@ -88,7 +92,7 @@ Plan make_plan(int64_t num_sequences, int64_t tokens, int64_t heads, bool packed
         too_many("sequences x tokens", repeats, tokens);
     const int64_t chains = num_sequences * heads;
     if (chains == 0)
-        return {0, Sharing::kSpans, 1, 1, 0, 0, {}};
+        return {0, Sharing::kSpans, 1, 1, 0, 0, 0, {}};
 
     // What is not known of a pack without a sync is how long its sequences are. They are taken once to be all equal, and once for a pack
     // whose longest is three times as long as their mean.
@@ -97,29 +101,30 @@ Plan make_plan(int64_t num_sequences, int64_t tokens, int64_t heads, bool packed
     const int long_one = packed ? static_cast<int>(std::min<int64_t>(chunks, 3 * int64_t{mean})) : chunks;
     const Lengths even = {num_sequences, mean, mean};
     const Lengths uneven = {num_sequences, long_one, num_sequences > 1 ? static_cast<int>(packed ? (chunks - long_one) / (num_sequences - 1) : chunks) : 0};
+    const int64_t all_pairs = std::max(sms / sm90::kPair, 1);
     const auto cost = [&](const Plan& plan) {
         const auto work = [&](const Lengths& lengths) {
-            return plan.sharing == Sharing::kSegments ? segmented_work(lengths, heads, plan) : serial_work(lengths, heads, plan.pairs());
+            return plan.sharing == Sharing::kSegments ? segmented_work(lengths, heads, all_pairs, plan) : serial_work(lengths, heads, plan.pairs());
         };
         return work(even).microseconds() + work(uneven).microseconds();
     };
 
-    const int64_t all_pairs = std::max(sms / sm90::kPair, 1), pairs = std::min(chains, all_pairs);
-    const Plan serial = {chains, Sharing::kSpans, 1, 1, static_cast<uint32_t>(sm90::kPair * pairs), pairs < chains ? pairs : 0, serial_work(even, heads, pairs)};
-    const auto segmented = [&](int segments, int least_chunks) -> Plan {
+    const int64_t pairs = std::min(chains, all_pairs);
+    const Plan serial = {chains, Sharing::kSpans, 1, 1, static_cast<uint32_t>(sm90::kPair * pairs), 0, pairs < chains ? pairs : 0, serial_work(even, heads, pairs)};
+    const auto segmented = [&](int tasks, int least_chunks) -> Plan {
         // No more than all sequences have room for together; and however wrong cu_seqlens is, a count of tasks or handovers fits in 32 bits.
         const int64_t room = (chunks + (packed ? num_sequences : 0)) * (packed ? 1 : num_sequences) / least_chunks;
-        const int most = std::min(segments, std::max(chunks / least_chunks - 1, 1));
-        if (chains > kMax31 / (2 * most))
-            too_many("sequences x heads x 2 num_segments", chains, 2 * most);
-        const int64_t pairs = std::min(chains * sm90::replays_of(most), all_pairs);
-        const int64_t handovers = heads * std::min<int64_t>(num_sequences * sm90::handovers_of(most), 2 * room);
-        Plan plan{chains, Sharing::kSegments, most, least_chunks, static_cast<uint32_t>(sm90::kPair * pairs), handovers, {}};
-        plan.work = segmented_work(even, heads, plan);
+        const int most = sm90::tasks_of(chunks, least_chunks, tasks);
+        if (chains > kMax31 / (most + 1))
+            too_many("sequences x heads x 2 num_segments", chains, most + 1);
+        const int64_t pairs = std::min(chains * most, all_pairs);
+        const int64_t handovers = heads * std::min<int64_t>(num_sequences * sm90::handovers_of(most), room);
+        Plan plan{chains, Sharing::kSegments, most, least_chunks, static_cast<uint32_t>(sm90::kPair * pairs), repeats * tokens * heads, handovers, {}};
+        plan.work = segmented_work(even, heads, all_pairs, plan);
         return plan;
     };
     if (num_segments > 1 && chunks > 2)
-        return segmented(num_segments, 1);
+        return segmented(sm90::tasks_for(num_segments), 1);
     Plan best = serial;
     double least_cost = cost(best);
     const auto consider = [&](const Plan& plan) {
@@ -131,8 +136,8 @@ Plan make_plan(int64_t num_sequences, int64_t tokens, int64_t heads, bool packed
     };
     if (num_segments > 0 || chains > kFewChains * sms)
         return best;
-    for (int n = 3; n <= all_pairs + 1 && n < long_one; ++n)
-        consider(segmented(packed && num_sequences > 1 ? all_pairs + 1 : n, long_one / (n + 1)));
+    for (int tasks = 2; tasks <= all_pairs && sm90::units_of(tasks) <= long_one; ++tasks)
+        consider(segmented(packed && num_sequences > 1 ? all_pairs : tasks, long_one / sm90::units_of(tasks)));
     return best;
 }
 

@@ -9,14 +9,16 @@ namespace flash_kda {
 
 // What a CTA leaves for others where a chain is cut: an fp32 state, and a ticket a warp.
 constexpr int64_t kHandoverBytes = 128 * 128 * 4 + 64;
+constexpr int64_t kYRowBytes = 128 * 2;
 
 constexpr int kMostSegments = 1024;   // fetches of a summary are counted in 16 bits
 
 // What the busiest CTA does, one after the other, by which the plan chooses. See docs/performance.md.
 struct Work {
     double steps;           // chunks
-    double compositions;    // of two segments' summaries
-    double summaries;       // 1 where there are any: writing one, and waiting for others
+    double summaries;       // 1 where there are any: leaving one, and waiting for others
+    double compositions;    // of a state with a segment's summary
+    double corrections;     // pieces of outputs, of kCorrected tokens; of the whole call, shared out evenly: the way to memory binds
 
     double microseconds() const;
 };
@@ -24,14 +26,17 @@ struct Work {
 struct Plan {
     int64_t chains;             // (sequence, head) pairs: independent, each one serial in time
     sm90::Sharing sharing;      // of the chains among the CTAs
-    int segments;               // of a chain in time, at most,
-    int least_chunks;           // each of so many at least
+    int tasks;                  // of a chain in each phase, at most: see sharing.h
+    int least_chunks;           // of a unit
     uint32_t grid;              // CTAs, two a pair, no more than SMs: each fills one
-    int64_t handovers;          // in a workspace of device memory that the launch needs
+    int64_t Y_rows;             // in a workspace of device memory that the launch needs: tokens and heads,
+    int64_t handovers;          // and behind them
     Work work;
 
     int64_t pairs() const { return grid / sm90::kPair; }
-    int64_t workspace_bytes() const { return handovers * kHandoverBytes; }
+    int segments() const { return sm90::segments_of(tasks); }
+    int64_t Y_bytes() const { return Y_rows * kYRowBytes; }
+    int64_t workspace_bytes() const { return Y_bytes() + handovers * kHandoverBytes; }
 };
 
 // `num_segments`: 1, the serial order; more, so many segments of every chain that has as many chunks; 0, whatever is quickest.

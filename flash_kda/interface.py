@@ -59,10 +59,10 @@ def fwd(
             nothing outside the tensors is touched.
         num_segments: on CUDA, into how many segments, done side by side, each sequence is cut in time: 1 to 1024. Where
             few heads leave the GPU idle this is several times faster; no assumption about the gates is made, and the
-            error is the same, but other numbers of segments give other last bits. None chooses by T, N, H and the GPU;
-            1 is the serial order, in which a sequence's bits are the same in every batch and pack; n cuts sequences of
-            more than 16 n tokens into n, the first 7/4 as long as the others, shorter ones into fewer. The CPU path
-            knows the serial order only.
+            error stays inside the same bound, but other numbers of segments give other last bits. None chooses by T, N,
+            H and the GPU; 1 is the serial order, in which a sequence's bits are the same in every batch and pack; n
+            cuts sequences of more than 32 (n - 1) tokens into n, shorter ones into fewer. They are about equally long,
+            but the last may be half as long as the others. The CPU path knows the serial order only.
 
     All tensors are contiguous and on one device; on CUDA, q, k, v, g, out and the states start on a multiple of 16
     bytes. Bad input raises before anything is written or launched.

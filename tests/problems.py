@@ -103,15 +103,15 @@ def make(lens, heads=4, gate="mixed", packed=True, state=torch.float32, seed=0, 
     )
 
 
-def segments_of(length, least_chunks, most):
+def tasks_of(length, least_chunks, most):
     """As csrc/sm90/sharing.h has it."""
-    n = min(max(-(-length // 16) // least_chunks - 1, 1), most)
-    return 1 if n == 2 < most else n
+    return min(max(-(-length // 16) // least_chunks - 1, 1), most)
 
 
-def handovers_of(lens, heads, segments, least_chunks=1):
+def handovers_of(lens, heads, tasks, least_chunks=1):
     """How many the kernel fills for sequences of these lengths."""
-    return heads * sum(max(2 * segments_of(length, least_chunks, segments) - 3, 0) for length in lens)
+    cut = [n for n in (tasks_of(length, least_chunks, tasks) for length in lens) if n > 1]
+    return heads * sum(2 * (n // 2) + 1 for n in cut)
 
 
 class Guarded:

@@ -77,7 +77,7 @@ def later():
 @pytest.fixture
 def planned(synthetic):
     """What fit_plan.py writes: a fit a tenth over, and one exact; a plan that chose best, and one that did not."""
-    costs = {"launch": 6.04, "steps": 0.3611, "compositions": 0.75, "summaries": 3.0}
+    costs = {"launch": 6.04, "steps": 0.3611, "summaries": 3.0, "compositions": 0.75, "corrections": 0.5}
     synthetic.update(costs=costs, points=[{"us": 100.0, "fitted_us": 110.0}, {"us": 50.0, "fitted_us": 50.0}], choices=[
         {"tokens": 32768, "heads": 4, "segments": 9, "us": 400.0, "best_segments": 9, "best_us": 400.0},
         {"tokens": 4096, "heads": 8, "segments": 5, "us": 78.0, "best_segments": 7, "best_us": 60.0}])
@@ -229,7 +229,7 @@ def test_ladder_tables(history):
 def test_plan_text(planned):
     assert cells(report.plan_table(planned))[2] == ["`launch`", "a call", "6.04"]
     assert [line[0] + line[2] for line in cells(report.plan_table(planned))[3:]] == [
-        "`steps`0.361", "`compositions`0.75", "`summaries`3"]
+        "`steps`0.361", "`summaries`3", "`compositions`0.75", "`corrections`0.5"]
     text = report.plan_text(planned)
     assert "2 points; relative error of the fit: median 5.0 %, worst 10.0 %" in text
     assert "Of 2 shapes" in text and "T4096-H8: number of segments 5, 78.0 µs, which is 1.30 times" in text
@@ -507,7 +507,7 @@ def test_source_state_without_git(monkeypatch):
 
 # ---- the plan's costs
 
-COSTS = {"launch": 5.0, "steps": 0.25, "compositions": 0.75, "summaries": 3.0}
+COSTS = {"launch": 5.0, "steps": 0.25, "summaries": 3.0, "compositions": 0.75, "corrections": 0.5}
 
 
 def test_fit_finds_the_costs_of_which_times_are_made(fit_plan, tmp_path, monkeypatch, gpu, capsys):
@@ -528,7 +528,7 @@ def test_fit_finds_the_costs_of_which_times_are_made(fit_plan, tmp_path, monkeyp
     assert result["costs"] == pytest.approx(COSTS)
     assert list(result["costs"]) == list(report.PLAN_UNITS)
     assert all(x["fitted_us"] == pytest.approx(x["us"]) for x in result["points"])
-    assert {x["segments"] for x in result["points"]} == set(fit_plan.SEGMENTS)
+    assert {x["num_segments"] for x in result["points"]} == {fit_plan.FREE, *fit_plan.SEGMENTS}
     assert len(result["choices"]) == len(fit_plan.LENGTHS) * len(fit_plan.HEADS)
     chosen, = (x["segments"] for x in result["choices"] if (x["tokens"], x["heads"]) == (8192, 8))
     assert chosen == _C.plan(1, 8192, 8, False, 0, 132).segments > 1
@@ -543,7 +543,7 @@ def test_fit_refuses_to_guess_a_cost(fit_plan):
 
 
 @pytest.mark.parametrize("tokens, heads, segments, worth", [
-    (512, 4, 15, True), (511, 4, 15, False), (8192, 22, 4, True), (8192, 23, 4, False), (512, 96, 1, True)])
+    (512, 4, 8, True), (511, 4, 8, False), (8192, 22, 2, True), (8192, 23, 2, False), (512, 96, 1, True)])
 def test_cuts_worth_measuring(fit_plan, tokens, heads, segments, worth):
     assert fit_plan.worth_measuring(tokens, heads, segments, 132) is worth
 

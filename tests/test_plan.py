@@ -15,6 +15,7 @@ MAX = 2**31 - 1
 
 SMS = 132
 HANDOVER_BYTES = 128 * 128 * 4 + 8 * 8  # an fp32 state, and a ticket for each of eight warps
+Y_BYTES = 128 * 2  # of a token and head
 SERIAL, FREE = 1, 0
 
 
@@ -57,33 +58,40 @@ def test_two_chunks_cannot_be_cut(tokens, packed):
 
 
 @pytest.mark.parametrize("num_sequences, tokens, heads, packed, num_segments, segments, grid, handovers", [
-    (1, 8192, 8, False, 5, 5, 64, 56),  # four summaries, each by a pair, then four replays
-    (1, 8192, 8, True, 5, 5, 64, 56),
-    (1, 8192, 8, False, 20, 20, SMS, 8 * 37),
-    (3, 8192, 8, False, 5, 5, SMS, 3 * 56),
-    (1, 8192, 8, False, 2, 2, 16, 8),
-    (2, 65, 1, False, 1024, 4, 12, 10),  # five chunks each, the first segment of two
-    (3, 64, 1, True, 1024, 3, 12, 9),  # four chunks in all, though rounding may make it six
+    (1, 8192, 4, False, 5, 5, 72, 4 * 9),  # a task for the first segment, two for each of the others, by a pair each
+    (1, 8192, 4, True, 5, 5, 72, 4 * 9),
+    (1, 8192, 8, False, 20, 20, SMS, 8 * 39),
+    (3, 8192, 8, False, 5, 5, SMS, 3 * 8 * 9),
+    (1, 8192, 8, False, 2, 2, 48, 8 * 3),
+    (2, 65, 1, False, 1024, 3, 16, 2 * 5),  # five chunks each: four tasks
+    (3, 64, 1, True, 1024, 2, 18, 7),  # four chunks in all, though rounding may make it seven
 ])
 def test_forced_segments(num_sequences, tokens, heads, packed, num_segments, segments, grid, handovers):
     plan = _C.plan(num_sequences, tokens, heads, packed, num_segments, SMS)
-    chains = num_sequences * heads
-    assert layout(plan) == (chains, "segments", segments, grid, handovers * HANDOVER_BYTES) and plan.least_chunks == 1
+    chains, rows = num_sequences * heads, tokens * (1 if packed else num_sequences)
+    workspace = rows * heads * Y_BYTES + handovers * HANDOVER_BYTES
+    assert layout(plan) == (chains, "segments", segments, grid, workspace) and plan.least_chunks == 1
 
 
 @pytest.mark.parametrize("tokens, heads, num_segments, rounds, compositions", [
-    (6400, 2, 2, 1, 0),  # one after the other
-    (6400, 2, 3, 1, 1),
-    (6400, 2, 4, 1, 1),
-    (6400, 2, 19, 1, 9),
-    (6400, 2, 34, 1, 16),  # a summary and a replay for every pair
-    (6400, 2, 35, 2, 17),  # two for some
+    (6400, 2, 2, 1, 1),
+    (6400, 2, 3, 1, 2),
+    (6400, 2, 4, 1, 3),
+    (6400, 2, 17, 1, 16),  # a task in either phase for every pair
+    (6400, 2, 18, 2, 17),  # two for some
 ])
 def test_what_the_busiest_pair_does(tokens, heads, num_segments, rounds, compositions):
-    """A summary, at most as long as the first segment, a replay of another one, and each one's states: 9 chunks."""
+    """A summary and its states, 9 chunks; the final state's compositions; and its share of all pieces of outputs."""
     work = _C.plan(1, tokens, heads, False, num_segments, SMS).work
-    steps = rounds * (400 * (7 + 4) / (7 + 4 * (num_segments - 1)) + 2 * 9)
-    assert (work.steps, work.compositions, work.summaries) == (pytest.approx(steps), compositions, 1)
+    assert work.steps == pytest.approx(rounds * (400 / num_segments + 9))
+    assert (work.summaries, work.compositions) == (1, compositions)
+    assert work.corrections == pytest.approx(heads * 200 * (num_segments - 1) / num_segments / (SMS / 2))
+
+
+def test_a_pair_may_have_both_parts_of_a_summary():
+    plan = _C.plan(1, 65536, 8, False, FREE, SMS)  # eight pairs a chain
+    assert plan.tasks == 8 and plan.segments == 5
+    assert plan.work.steps == pytest.approx(4096 * 2 / 9 + 9)
 
 
 @pytest.mark.parametrize("num_segments", [FREE, 2, 3, 50])
@@ -93,7 +101,8 @@ def test_what_the_busiest_pair_does(tokens, heads, num_segments, rounds, composi
 def test_a_pack_has_room_for_its_summaries(lens, num_segments):
     plan = _C.plan(len(lens), sum(lens), 4, True, num_segments, SMS)
     if plan.segments > 1:
-        assert handovers_of(lens, 4, plan.segments, plan.least_chunks) * HANDOVER_BYTES <= plan.workspace_bytes
+        used = sum(lens) * 4 * Y_BYTES + handovers_of(lens, 4, plan.tasks, plan.least_chunks) * HANDOVER_BYTES
+        assert used <= plan.workspace_bytes
 
 
 @pytest.mark.parametrize("tokens, heads", [(4096, 8), (2048, 12), (8192, 16), (65536, 8), (3072, 10)])
@@ -116,15 +125,15 @@ def test_many_or_short_chains_are_not(num_sequences, tokens, heads, packed):
 def test_of_an_even_pack_no_sequence_is_cut_but_a_long_one_would_be():
     plan = _C.plan(4, 8192, 12, True, FREE, SMS)
     assert plan.segments > 1
-    assert handovers_of([2048] * 4, 12, plan.segments, plan.least_chunks) == 0
-    assert handovers_of([8000, 64, 64, 64], 12, plan.segments, plan.least_chunks) > 0
+    assert handovers_of([2048] * 4, 12, plan.tasks, plan.least_chunks) == 0
+    assert handovers_of([8000, 64, 64, 64], 12, plan.tasks, plan.least_chunks) > 0
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results" / "plan").glob("*.json")), ids=lambda path: path.stem)
 def test_costs_are_those_of_the_fit(path):
     result = json.loads(path.read_text(encoding="utf-8"))
     for point in result["points"]:
-        plan = _C.plan(1, point["tokens"], point["heads"], False, point["segments"], result["device"]["sm_count"])
+        plan = _C.plan(1, point["tokens"], point["heads"], False, point["num_segments"], result["device"]["sm_count"])
         assert plan.work.microseconds == pytest.approx(point["fitted_us"], rel=0.06)
 
 

@@ -33,6 +33,7 @@ static_assert(kRecurrenceWarps * kRecurrenceRegisters + kPrepareWarps * kPrepare
 // both. Powers of two: a chunk's places follow from its number.
 constexpr int kOwnStages = 8, kMailStages = 4, kStages = kOwnStages + kMailStages, kValueStages = 8;
 constexpr int kChains = 16;   // scheduled ahead
+constexpr int kCorrected = 2 * kChunk;   // tokens whose outputs are corrected at once: a stage takes so many
 
 // Powers of two that keep products as small as e^-80 and as large as e^80 inside bf16 and fp32, whatever sensible length keys, values
 // and states have. They are exact, and meet only in [16]-vectors: kd and qd are held 2^kShift too large, ki and kr as much too small, the

@@ -79,10 +79,14 @@ void launch(const Params& params, const Plan& plan) {
 
     KernelParams p{};
     if (params.rows() > 0) {   // without tokens no map is looked at
-        p.q = make_tensor_map(params.q, params.rows(), params.heads, 1);
-        p.k = make_tensor_map(params.k, params.rows(), params.heads, 1);
-        p.v_map = make_tensor_map(params.v, params.rows(), params.heads, 1);
-        p.g = make_tensor_map(params.g, params.rows(), params.heads, kHalves);
+        p.q = make_tensor_map(params.q, params.rows(), params.heads, kChunk, 1);
+        p.k = make_tensor_map(params.k, params.rows(), params.heads, kChunk, 1);
+        p.v_map = make_tensor_map(params.v, params.rows(), params.heads, kChunk, 1);
+        p.g = make_tensor_map(params.g, params.rows(), params.heads, kChunk, kHalves);
+        if (sharing == Sharing::kSegments) {
+            p.out_map = make_tensor_map(params.out, params.rows(), params.heads, kCorrected, 1);
+            p.Y_map = make_tensor_map(params.workspace, params.rows(), params.heads, kCorrected, kHalves);
+        }
     }
     p.v = static_cast<const bf16*>(params.v);
     p.beta = static_cast<const bf16*>(params.beta);
@@ -92,11 +96,12 @@ void launch(const Params& params, const Plan& plan) {
     p.initial_state = params.initial_state;
     p.final_state = params.final_state;
     p.cu_seqlens = params.cu_seqlens;
-    p.workspace.handovers = static_cast<Handover*>(params.workspace);
+    p.Y = static_cast<bf16*>(params.workspace);
+    p.workspace.handovers = reinterpret_cast<Handover*>(static_cast<char*>(params.workspace) + plan.Y_bytes());
     p.workspace.count = static_cast<uint32_t>(plan.handovers);
     p.workspace.ticket = next_ticket();
     p.tokens = params.tokens;
-    p.segments = plan.segments;
+    p.tasks = plan.tasks;
     p.least_chunks = plan.least_chunks;
     p.num_sequences = static_cast<uint32_t>(params.num_sequences);
     p.heads = static_cast<uint32_t>(params.heads);

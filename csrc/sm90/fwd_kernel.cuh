@@ -52,21 +52,27 @@ __global__ void __launch_bounds__(kCtaThreads, 1) fwd_kernel(const __grid_consta
         prefetch_map(p.k);
         prefetch_map(p.q);
         prefetch_map(p.v_map);
+        if (kSharing == Sharing::kSegments) {
+            prefetch_map(p.out_map);
+            prefetch_map(p.Y_map);
+        }
     }
     clear(smem.small);
     clear(smem.scratch);
     clear(smem.zeros);
-    if constexpr (kSharing == Sharing::kSpans)
+    if constexpr (kSharing == Sharing::kSpans) {
         find_span(p, smem.span);
-    sync_cluster();
-
+        __syncthreads();
+    }
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);   // the compiler sees that lanes agree
+    if (warp != kCtaThreads / 32 - 1)
+        sync_cluster();   // schedule finds the first chain before
     if (warp < kRecurrenceWarps) {
         take_registers<kRecurrenceRegisters>();
         recur_chains<kSharing>(p, smem);
     } else if (warp < kRecurrenceWarps + kPrepareWarps) {
         take_registers<kPrepareRegisters>();
-        prepare_chunks<kSharing>(p, smem, warp - kRecurrenceWarps);
+        prepare_chunks(p, smem, warp - kRecurrenceWarps);
     } else {
         give_back_registers<kLoadRegisters>();
         const int load_warp = warp - kRecurrenceWarps - kPrepareWarps;
@@ -75,7 +81,7 @@ __global__ void __launch_bounds__(kCtaThreads, 1) fwd_kernel(const __grid_consta
         else if (load_warp == 1)
             load_values<kSharing>(p, smem);
         else if (load_warp == 2)
-            mail_chunks<kSharing>(smem);
+            mail_chunks(smem);
         else
             schedule_chains<std::conditional_t<kSharing == Sharing::kSegments, SegmentWalk, SpanWalk>>(p, smem);
     }

@@ -27,9 +27,11 @@ struct Workspace {
 
 struct KernelParams {
     CUtensorMap q, k, v_map, g;   // [rows, heads, kDim]: see tensor_map.h
+    CUtensorMap out_map, Y_map;   // of kCorrected tokens a box
     const __nv_bfloat16* v;
     const __nv_bfloat16* beta;
     __nv_bfloat16* out;
+    __nv_bfloat16* Y;         // [rows, heads, kDim], of segments: see segments.cuh. What it holds before the call does not matter.
     const float* A_log;
     const float* dt_bias;
     const void* initial_state;
@@ -38,8 +40,8 @@ struct KernelParams {
     Workspace workspace;
     int64_t tokens;
     uint32_t num_sequences, heads;
-    int segments;             // of a chain, at most,
-    int least_chunks;         // each of so many at least
+    int tasks;                // of a chain that is cut, at most,
+    int least_chunks;         // and of a unit, at least
     bool state_is_fp32;
     float scale;
     float lower_bound;

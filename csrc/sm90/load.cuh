@@ -1,4 +1,5 @@
-// Load and mail: single warps that ask the copy engine for what the others will need, as far ahead as there is room.
+// Load and mail: single warps that ask the copy engine for what the others will need, as far ahead as there is room. Their loops stay rolled
+// up, as schedule's do: code that comes from afar is waited for by all others.
 #pragma once
 
 #include "kernel_params.h"
@@ -17,40 +18,63 @@ template <Sharing kSharing>
 __device__ __forceinline__ void load_chunk(const KernelParams& p, const Chain& chain, int chunk, Stage& stage, uint64_t& loaded) {
     constexpr bool kOnce = kSharing == Sharing::kSpans;
     const int row = static_cast<int>(chain.first_row) + chunk * kChunk, head = static_cast<int>(chain.head);
-    const bool outputs = kOnce || has_outputs(chain);
-    mbarrier_arrive_expect_bytes(loaded, sizeof(Stage) - (outputs ? 0 : kHalves * kHalfTileBytes));
+    mbarrier_arrive_expect_bytes(loaded, sizeof(Stage));
     load_box<kOnce>(p.g, loaded, stage.g[0], row, 0, head);   // both halves at once
     for (int half = 0; half < kHalves; ++half) {
         load_box<kOnce>(p.k, loaded, stage.kq[half][0], row, half, head);
-        if (outputs)
-            load_box<kOnce>(p.q, loaded, stage.kq[half][1], row, half, head);
+        load_box<kOnce>(p.q, loaded, stage.kq[half][1], row, half, head);
     }
 }
 
-// What this CTA prepares: every other chunk, counted through all its chains; before a replay, its half of the summaries.
+// Of a correction: Y of all its channels over the outputs so far of this CTA's half. Called by one thread. What lies behind the tokens to be
+// corrected, of others or of nobody, is not looked at.
+__device__ __forceinline__ void load_correction_piece(const KernelParams& p, const Chain& chain, int piece, Stage& stage, uint64_t& ready) {
+    const int row = static_cast<int>(chain.first_row) + piece * kCorrected, head = static_cast<int>(chain.head);
+    arrive_with_piece(ready, sizeof(Stage));
+    load_box<false>(p.Y_map, ready, stage.kq[0][0], row, 0, head);   // both halves at once
+    load_box<false>(p.out_map, ready, stage.g[0], row, blockIdx.x % kPair, head);
+}
+
+// What this CTA prepares: every other chunk, counted through all its chains; and pieces, of its half of the state.
 template <Sharing kSharing>
 __device__ __forceinline__ void load_chunks(const KernelParams& p, SharedStorage& smem) {
     const uint32_t rank = blockIdx.x % kPair;
-    uint32_t number = 0, pieces = 0, begun = 0;   // of the chunks that this CTA prepares; of summaries; chunks of both CTAs before this chain
+    uint32_t number = 0, pieces = 0, begun = 0;   // of the chunks that this CTA prepares; of pieces; chunks of both CTAs before this chain
     const auto await_stage = [&]() -> uint32_t {
         const Turn<kOwnStages> own(number + pieces);
         mbarrier_wait(smem_address(&smem.empty[own.slot]), own.parity ^ 1);   // passes in the first turn
         return own.slot;
     };
+#pragma unroll 1
     for (uint32_t n = 0; const Chain* next = await_chain(smem, n); give_back_chain(smem, n++)) {
         const Chain& chain = *next;
         if constexpr (kSharing == Sharing::kSegments) {
-            for (int s = 1; s <= chain.compositions; ++s) {
-                await_summary(chain, p.workspace.ticket, s);
-                for (int piece = 0; piece < kSummaryPieces; ++piece, ++pieces) {
+            const auto load_pieces = [&](int count, auto load) {
+#pragma unroll 1
+                for (int piece = 0; piece < count; ++piece, ++pieces) {
                     const uint32_t slot = await_stage();
                     if (elect_one())
-                        load_summary_piece(chain, s, piece, smem.stages[slot], smem.ready[slot]);
+                        load(piece, smem.stages[slot], smem.ready[slot]);
                 }
-                count_fetches(chain, p.workspace.ticket, s);
+            };
+            const uint64_t ticket = p.workspace.ticket;
+            const int composed = chain.compositions, own = composed + 1;
+            if (composed > 0) {
+                await_summaries(chain, ticket, 1, composed);
+                load_pieces(composed * kSummaryPieces, [&](int piece, Stage& stage, uint64_t& ready) {
+                    load_summary_piece(chain, 1 + piece / kSummaryPieces, piece % kSummaryPieces, stage, ready);
+                });
             }
+            if (chain.corrected > 0) {
+                await_summaries(chain, ticket, own, own);
+                load_pieces(correction_pieces(chain), [&](int piece, Stage& stage, uint64_t& ready) {
+                    load_correction_piece(p, chain, piece, stage, ready);
+                });
+            }
+            count_fetches(chain, ticket, 1, chain.corrected > 0 ? own : composed);   // takes long: not before all is asked for
         }
         const int chunks = chain.chunks();
+#pragma unroll 1
         for (int chunk = (begun ^ rank) & 1; chunk < chunks; chunk += kPair, ++number) {
             const uint32_t slot = await_stage();
             if (elect_one())
@@ -61,7 +85,6 @@ __device__ __forceinline__ void load_chunks(const KernelParams& p, SharedStorage
 }
 
 // What is prepared here, for the other CTA of the pair: once it is ready here, and there is room there.
-template <Sharing kSharing>
 __device__ __forceinline__ void mail_chunks(SharedStorage& smem) {
     const uint32_t rank = blockIdx.x % kPair;
     uint32_t number = 0, pieces = 0, begun = 0;
@@ -71,14 +94,17 @@ __device__ __forceinline__ void mail_chunks(SharedStorage& smem) {
         mbarrier_wait(smem_address(&smem.ready[own.slot]), own.parity);
         return own.slot;
     };
+#pragma unroll 1
     for (uint32_t n = 0; const Chain* next = await_chain(smem, n); give_back_chain(smem, n++)) {
         const Chain& chain = *next;
-        for (int left = chain.compositions * kSummaryPieces; left > 0; --left, ++pieces) {   // not to be mailed, but every turn must be seen,
-            const uint32_t slot = await_stage();                                             // and must not be over before it is
+#pragma unroll 1
+        for (int left = pieces_of(chain); left > 0; --left, ++pieces) {   // not to be mailed, but every turn must be seen,
+            const uint32_t slot = await_stage();                          // and must not be over before it is
             if (threadIdx.x % 32 < kRecurrenceWarps)
                 mbarrier_arrive(smem_address(&smem.empty[slot]));   // in place of the other CTA
         }
         const int chunks = chain.chunks();
+#pragma unroll 1
         for (int chunk = (begun ^ rank) & 1; chunk < chunks; chunk += kPair, ++number) {
             const uint32_t slot = await_stage();
             const Turn<kMailStages> mail(number);
@@ -86,16 +112,8 @@ __device__ __forceinline__ void mail_chunks(SharedStorage& smem) {
             if (elect_one()) {
                 const uint32_t to = kOwnStages + mail.slot, landed = there(&smem.ready[to]);
                 const auto push = [&](const auto& here, const auto& to) { bulk_push(there(&to), &here, sizeof(here), landed); };
-                const Stage &own = smem.stages[slot], &mailed = smem.stages[to];
-                const bool outputs = kSharing == Sharing::kSpans || has_outputs(chain);
-                mbarrier_arrive_expect_bytes_in_cluster(landed, sizeof(Stage) - (outputs ? 0 : kHalves * kHalfTileBytes) + sizeof(SmallFactors));
-                if (outputs) {
-                    push(own, mailed);
-                } else {   // no qd
-                    for (int half = 0; half < kHalves; ++half)
-                        push(own.kq[half][0], mailed.kq[half][0]);
-                    push(own.g, mailed.g);
-                }
+                mbarrier_arrive_expect_bytes_in_cluster(landed, sizeof(Stage) + sizeof(SmallFactors));
+                push(smem.stages[slot], smem.stages[to]);
                 push(smem.small[slot], smem.small[to]);
             }
         }
@@ -106,6 +124,7 @@ __device__ __forceinline__ void mail_chunks(SharedStorage& smem) {
 // A tail's values, whose rows past the sequence are zero: its neighbour's may be no numbers. Called by all lanes.
 __device__ __forceinline__ void copy_tail(const bf16* v, int64_t row_stride, int valid, HalfTile& to) {
     const int lane = threadIdx.x % 32, unit = lane % 8;
+#pragma unroll 1
     for (int row = lane / 8; row < kChunk; row += 32 / 8) {
         const uint4 x = row < valid ? reinterpret_cast<const uint4*>(v + row * row_stride)[unit] : uint4{};
         store_shared_16_bytes(smem_address(&to) + row * 128 + ((unit ^ row % 8) << 4), {x.x, x.y, x.z, x.w});
@@ -127,6 +146,7 @@ __device__ __forceinline__ void load_values(const KernelParams& p, SharedStorage
     constexpr bool kOnce = kSharing == Sharing::kSpans;
     const int half = blockIdx.x % kPair;
     uint32_t number = 0;
+#pragma unroll 1
     for (uint32_t n = 0; const Chain* next = await_chain(smem, n); give_back_chain(smem, n++)) {
         const Chain& chain = *next;
         if (elect_one())
@@ -134,6 +154,7 @@ __device__ __forceinline__ void load_values(const KernelParams& p, SharedStorage
         if (!has_values(chain))
             continue;
         const int chunks = chain.chunks();
+#pragma unroll 1
         for (int chunk = 0; chunk < chunks; ++chunk, ++number) {
             const Turn<kValueStages> turn(number);
             uint64_t& loaded = smem.values_loaded[turn.slot];

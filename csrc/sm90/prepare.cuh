@@ -58,18 +58,17 @@ public:
                 gate_offset[i][j] = fmaf(gate_slope, p.dt_bias[head * kDim + half * kHalf + 16 * i + 8 * j + r], offset);
     }
 
-    // `valid` tokens of the chunk are the sequence's own; the rest must leave no trace. Lane l holds token l's beta, a bf16. Without
-    // `kOutputs` there are no queries, and nothing is made of them. Called by both warps.
-    template <bool kOutputs>
+    // `valid` tokens of the chunk are the sequence's own; the rest must leave no trace. Lane l holds token l's beta, a bf16. Called by
+    // both warps.
     __device__ __forceinline__ void prepare(Stage& stage, SmallFactors& small, uint32_t beta_logit, int valid) const {
         if (valid < kChunk)
             clear_tail(stage, valid);
         float L[2][4] = {}, Z[2][4] = {}, Q[2][4] = {};   // sums over this warp's channels
         uint32_t kd[kHalfBlocks][4];   // as B operands
-        factors<kOutputs>(stage, small, kd, L, Z, Q);
+        factors(stage, small, kd, L, Z, Q);
         if (half == 0) {
-            if (kOutputs)
-                give(scratch.Z, Z), give_diagonal(Q);
+            give(scratch.Z, Z);
+            give_diagonal(Q);
             meet();
             add(scratch.L, L);
             const float beta = lane < valid ? rcp_approx(1.0f + exp2_approx(-kLog2E * low_bf16(beta_logit))) : 0.0f;
@@ -77,8 +76,7 @@ public:
         } else {
             give(scratch.L, L);
             meet();
-            if (kOutputs)
-                outputs(small, Z, Q);
+            outputs(small, Z, Q);
         }
         meet();
         products(stage, kd);
@@ -134,7 +132,6 @@ private:
     __device__ __forceinline__ void give_diagonal(const float (&Q)[2][4]) const { scratch.q_squares[lane] = diagonal(Q); }
 
     // qd, kr and E of the half, and its share of L, Z and Q. kd as B operands.
-    template <bool kOutputs>
     __device__ __forceinline__ void factors(Stage& stage, SmallFactors& small, uint32_t (&kd)[kHalfBlocks][4], float (&L)[2][4], float (&Z)[2][4],
                                             float (&Q)[2][4]) const {
         const uint32_t k = smem_address(stage.kq[half]) + block_offset, g = smem_address(&stage.g[half]) + block_offset;
@@ -149,13 +146,12 @@ private:
             Gates gates[kAtOnce];
             for (int i = 0; i < kAtOnce; ++i) {   // long before they are wanted
                 ldmatrix_x4(k_block[i], k ^ (first + i) * 32);
-                if (kOutputs)
-                    ldmatrix_x4(q_block[i], (k ^ (first + i) * 32) + kHalfTileBytes);
+                ldmatrix_x4(q_block[i], (k ^ (first + i) * 32) + kHalfTileBytes);
             }
             for (int i = 0; i < kAtOnce; ++i)
                 gates[i] = cumulated_gates(logits[first + i], gate_offset[first + i]);
             for (int i = 0; i < kAtOnce; ++i)
-                elementwise<kOutputs>(k_block[i], q_block[i], k ^ (first + i) * 32, kr ^ (first + i) * 32, e + (first + i) * 16, gates[i],
+                elementwise(k_block[i], q_block[i], k ^ (first + i) * 32, kr ^ (first + i) * 32, e + (first + i) * 16, gates[i],
                                       kd[first + i], L, Z, Q);
         }
     }
@@ -183,7 +179,6 @@ private:
     }
 
     // One block: qd and kr in place of q and g; kd; E; the block's share of L, Z and Q = q q'.
-    template <bool kOutputs>
     __device__ __forceinline__ void elementwise(const uint32_t (&k)[4], const uint32_t (&q)[4], uint32_t k_address, uint32_t kr_address,
                                                 uint32_t e_address, const Gates& gates, uint32_t (&kd_operand)[4], float (&L)[2][4],
                                                 float (&Z)[2][4], float (&Q)[2][4]) const {
@@ -200,22 +195,18 @@ private:
             const float up0 = up[j][2 * h], up1 = up[j][2 * h + 1];
             const uint32_t up_b = pack_bf16(up0, up1);
             kd[x] = multiply_bf16(k[x], up_b);
-            if (kOutputs)
-                qd[x] = multiply_bf16(q[x], up_b);
+            qd[x] = multiply_bf16(q[x], up_b);
             const float ki0 = low_bf16(k[x]) * exp2_approx(-gates.G[j][2 * h]), ki1 = high_bf16(k[x]) * exp2_approx(-gates.G[j][2 * h + 1]);
             ki[2 * h + j] = pack_bf16(ki0, ki1);
             kr[2 * h + j] = pack_bf16(ki0 * E[j][0], ki1 * E[j][1]);
         }
         __syncwarp();   // every lane has its part of the input
         stmatrix_x4(kr_address, kr);
-        if (kOutputs)
-            stmatrix_x4(k_address + kHalfTileBytes, qd);
+        stmatrix_x4(k_address + kHalfTileBytes, qd);
         if (r == 0)
             store_shared_16_bytes(e_address, E[0][0], E[0][1], E[1][0], E[1][1]);
         for (int n = 0; n < 2; ++n) {
             mma_m16n8k16(L[n], kd, ki[2 * n], ki[2 * n + 1]);
-            if (!kOutputs)
-                continue;
             mma_m16n8k16(Z[n], qd, ki[2 * n], ki[2 * n + 1]);
             for (int j = 0; j < 2; ++j)
                 mma_m16n8k8(Q[n], &q[2 * j], q[2 * j + n]);
@@ -321,16 +312,15 @@ private:
 };
 
 // One warp's part of what its CTA prepares: the chunks that load.cuh loads, by the teams in turn.
-template <Sharing kSharing>
 __device__ __forceinline__ void prepare_chunks(const KernelParams& p, SharedStorage& smem, int warp) {
     const int team = warp / kTeam, lane = threadIdx.x % 32;
     Preparer preparer(p, smem.scratch[team], team, warp % kTeam);
     const uint32_t rank = blockIdx.x % kPair;
     uint32_t number = team, begun = 0;   // of this CTA's chunks through all chains; chunks of both CTAs' before this chain
-    uint32_t pieces = 0, head = ~0u;     // stages taken by summaries so far
+    uint32_t pieces = 0, head = ~0u;     // stages taken by pieces so far
     for (uint32_t n = 0; const Chain* next = await_chain(smem, n); give_back_chain(smem, n++)) {
         const Chain& chain = *next;
-        pieces += chain.compositions * kSummaryPieces;
+        pieces += pieces_of(chain);
         const uint32_t chunks = chain.chunks();
         for (uint32_t chunk; (chunk = kPair * number + rank - begun) < chunks; number += kTeams) {
             const uint32_t slot = (number + pieces) % kOwnStages;
@@ -343,10 +333,7 @@ __device__ __forceinline__ void prepare_chunks(const KernelParams& p, SharedStor
             const Turn<kOwnStages> loaded(number);   // its turns are the same team's
             static_assert(kOwnStages % kTeams == 0);
             mbarrier_wait(smem_address(&smem.loaded[loaded.slot]), loaded.parity);
-            if (kSharing == Sharing::kSpans || has_outputs(chain))
-                preparer.template prepare<true>(smem.stages[slot], smem.small[slot], beta, valid);
-            else
-                preparer.template prepare<false>(smem.stages[slot], smem.small[slot], beta, valid);
+            preparer.prepare(smem.stages[slot], smem.small[slot], beta, valid);
             fence_async_proxy();
             mbarrier_arrive(smem_address(&smem.ready[slot]));
         }

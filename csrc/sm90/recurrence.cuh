@@ -4,8 +4,6 @@
 //   [R | O]' = S_b [-W | qd]' + v' [T | 0]'      one chain of m64n32k16
 //   O'      += R' Z'                              one m64n16k16
 //   S        = S diag(E) + R' kr                  one m64n128k16; S decays while the first products run
-//
-// Where nobody wants the outputs, all that concerns O is left out.
 #pragma once
 
 #include <cstddef>
@@ -143,6 +141,51 @@ private:
     bf16* destination;
 };
 
+// The outputs of a segment that was done from zero, O' += S Y', with the state before it: see segments.cuh. `number` of the next stage of the
+// CTA's own, and `release` gives one back.
+template <class Release>
+__device__ __forceinline__ void correct(SharedStorage& smem, const Chain& chain, uint32_t number, OutputWriter& writer, Release release,
+                                        const float (&S)[kStateRegisters]) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    uint32_t S_b[kStateRegisters / 2];
+    for (int i = 0; i < kStateRegisters / 2; ++i)
+        S_b[i] = pack_bf16(S[2 * i], S[2 * i + 1]);
+    uint32_t done[2][4];   // the last piece's, of two chunks; their way out is hidden behind the next one's products
+    const auto store = [&](int left) {
+        for (int chunk = 0; chunk < 2; ++chunk)
+            writer.store(writer.transpose(done[chunk]), left - chunk * kChunk);
+    };
+    for (int left = chain.corrected; left > 0; left -= kCorrected, ++number) {
+        const Turn<kOwnStages> own(number);
+        const Stage& stage = smem.stages[own.slot];
+        mbarrier_wait(smem_address(&smem.ready[own.slot]), own.parity);
+        float O[16];
+        for (int chunk = 0; chunk < 2; ++chunk) {
+            uint32_t before[4];
+            ldmatrix_x4_trans(before, smem_address(&stage.g[chunk]) + v_offset(warp, lane));
+            for (int i = 0; i < 4; ++i) {
+                O[8 * chunk + 2 * i] = low_bf16(before[i]) / kStateUp;
+                O[8 * chunk + 2 * i + 1] = high_bf16(before[i]) / kStateUp;
+            }
+        }
+        const MatrixDescriptor Y = matrix_descriptor(in_sixteenths(smem_address(stage.kq)), Swizzle::k128Bytes, 0, 8 * 128);
+        fence_operands(O);
+        cute::warpgroup_arrive();
+        for (int s = 0; s < kBlocks; ++s)
+            wgmma<StepAtom>(O, S_b + 4 * s, Y + ((s / 4 * 2 * kHalfTileBytes + s % 4 * 32) >> 4));
+        cute::warpgroup_commit_batch();
+        if (left < chain.corrected)
+            store(kCorrected);
+        cute::warpgroup_wait<0>();
+        fence_operands(O);
+        release(own.slot);
+        for (int i = 0; i < 8; ++i)
+            done[i / 4][i % 4] = pack_bf16(O[2 * i] * kStateUp, O[2 * i + 1] * kStateUp);
+    }
+    if (chain.corrected > 0)
+        store((chain.corrected - 1) % kCorrected + 1);
+}
+
 template <Sharing kSharing>
 __device__ __forceinline__ void recur_chains(const KernelParams& p, SharedStorage& smem) {
     constexpr bool kSegments = kSharing == Sharing::kSegments;
@@ -173,19 +216,25 @@ __device__ __forceinline__ void recur_chains(const KernelParams& p, SharedStorag
     const uint32_t free_there = resident(address_in_cta(smem_address(smem.free), 1 - rank()));
     const auto release_piece = [&](uint32_t slot) { mbarrier_arrive_in_cluster(empty_here + slot * 8, true); };   // nobody there has it
 
-    uint32_t number = 0, pieces = 0, values_number = 0;   // chunks, pieces of summaries and chunks with values so far
+    uint32_t number = 0, pieces = 0, values_number = 0;   // chunks, pieces and chunks with values so far
     float S[kStateRegisters];
     for (uint32_t n = 0; const Chain* next = await_chain(smem, n); give_back_chain(smem, n++)) {
         const Chain& chain = *next;
-        bool output = true, values = true;
+        const auto outputs_of = [&](bf16* out, int64_t row) -> bf16* {
+            return out + (row * p.heads + chain.head) * kDim + rank() * kHalf + warp * 16;
+        };
+        bool values = true;
         if constexpr (kSegments) {
             if (chain.from == From::kSummaries) {
-                compose(p, smem, chain, (number + 1 - rank()) / kPair + pieces, release_piece, S);
-                pieces += chain.compositions * kSummaryPieces;
+                const uint32_t piece = (number + 1 - rank()) / kPair + pieces;
+                compose(p, smem, chain, piece, release_piece, S);
+                places = find_places(true);   // a composition leaves them no registers
+                places.writer.seek(outputs_of(p.out, chain.first_row + kChunk));
+                correct(smem, chain, piece + chain.compositions * kSummaryPieces, places.writer, release_piece, S);
+                pieces += pieces_of(chain);
             }
             values = __any_sync(~0u, has_values(chain));
-            places = find_places(values);   // a composition leaves them no registers
-            output = has_outputs(chain);
+            places = find_places(values);
         }
         if (chain.from == From::kInitialState) {
             load_state(p, chain, rank(), S);
@@ -201,7 +250,7 @@ __device__ __forceinline__ void recur_chains(const KernelParams& p, SharedStorag
         if (in_user_units(chain))
             for (float& x : S)
                 x /= kStateUp;
-        places.writer.seek(p.out + (chain.first_row * p.heads + chain.head) * kDim + rank() * kHalf + warp * 16);
+        places.writer.seek(outputs_of(kSegments && !values ? p.Y : p.out, chain.first_row));
         uint32_t O[4] = {};   // of the previous chunk, whose way out is hidden behind this chunk's products,
         int to_store = 0;     // and how many tokens it has
         const int chunks = __reduce_max_sync(~0u, chain.chunks());
@@ -217,8 +266,8 @@ __device__ __forceinline__ void recur_chains(const KernelParams& p, SharedStorag
             return address(smem.ready) + (here ? own.slot : kOwnStages + mail.slot) * 8;
         };
         bool is_ready = false, has_come = false;
-        const auto step = [&](auto prepared_here, auto with_outputs) {
-            constexpr bool kHere = prepared_here, kOutputs = with_outputs;
+        const auto step = [&](auto prepared_here) {
+            constexpr bool kHere = prepared_here;
             const Turn<kOwnStages> own(number / kPair + pieces);   // here or there
             const Turn<kMailStages> mail(number / kPair);
             const Turn<kValueStages> values_turn(values_number);
@@ -239,20 +288,15 @@ __device__ __forceinline__ void recur_chains(const KernelParams& p, SharedStorag
             const MatrixDescriptor kr = matrix_descriptor(stage_sixteenth + offsetof(Stage, g) / 16, Swizzle::k128Bytes, kHalfTileBytes, 8 * 128);
             const MatrixDescriptor t = matrix_descriptor(factors_sixteenth + offsetof(SmallFactors, t) / 16, Swizzle::kNone, kTColumnBytes, 128);
             const MatrixDescriptor z = matrix_descriptor(factors_sixteenth + offsetof(SmallFactors, z) / 16, Swizzle::kNone, kZColumnBytes, 128);
-            using First = std::conditional_t<kOutputs, StepAtom, OutputAtom>;
-            float RO[kOutputs ? 16 : 8];   // R in the first half, O in the second
+            float RO[16];   // R in the first half, O in the second
             fence_operands(RO);
             cute::warpgroup_arrive();
-            wgmma<First>(RO, v, t, ScaleOut::Zero);
+            wgmma<StepAtom>(RO, v, t, ScaleOut::Zero);
             for (int s = 0; s < kBlocks; ++s)   // 16 channels are 32 bytes of a swizzled row
-                wgmma<First>(RO, S_b + 4 * s, w + ((s / 4 * 2 * kHalfTileBytes + s % 4 * 32) >> 4));
+                wgmma<StepAtom>(RO, S_b + 4 * s, w + ((s / 4 * 2 * kHalfTileBytes + s % 4 * 32) >> 4));
             cute::warpgroup_commit_batch();
 
-            uint4 out;
-            if constexpr (kOutputs)
-                out = places.writer.transpose(O);
-            else
-                __syncwarp();   // as `transpose` does: it holds back the loads
+            const uint4 out = places.writer.transpose(O);
             float4 e[kDim / 16];   // loaded no sooner: the compiler would let S decay between the products
             for (int j = 0; j < kDim / 16; ++j)
                 e[j] = load_shared_float4(places.e + small + j * 16);
@@ -267,22 +311,16 @@ __device__ __forceinline__ void recur_chains(const KernelParams& p, SharedStorag
             float O_new[8];
             for (int i = 0; i < 4; ++i)
                 R[i] = pack_bf16(RO[2 * i], RO[2 * i + 1]);
-            if constexpr (kOutputs) {
-                for (int i = 0; i < 8; ++i)
-                    O_new[i] = RO[8 + i];
-            }
+            for (int i = 0; i < 8; ++i)
+                O_new[i] = RO[8 + i];
             fence_operands(O_new);
             cute::warpgroup_arrive();
             wgmma<UpdateAtom>(S, R, kr);
-            if constexpr (kOutputs)
-                wgmma<OutputAtom>(O_new, R, z);
+            wgmma<OutputAtom>(O_new, R, z);
             cute::warpgroup_commit_batch();
-            float2 scale_low, scale_high;
-            if constexpr (kOutputs) {
-                scale_low = load_shared_float2(places.out_scale + small), scale_high = load_shared_float2(places.out_scale + small + 32);
-                places.writer.store(out, to_store);
-                to_store = kChunk;
-            }
+            const float2 scale_low = load_shared_float2(places.out_scale + small), scale_high = load_shared_float2(places.out_scale + small + 32);
+            places.writer.store(out, to_store);
+            to_store = kChunk;
             ++number;
             values_number += !kSegments || values;
             uint32_t parity;
@@ -302,32 +340,23 @@ __device__ __forceinline__ void recur_chains(const KernelParams& p, SharedStorag
             }
             if (!kSegments || values)
                 mbarrier_arrive(address(smem.values_empty) + values_turn.slot * 8);
-            if constexpr (kOutputs) {
-                for (int i = 0; i < 2; ++i) {
-                    O[i] = pack_bf16(O_new[2 * i] * scale_low.x, O_new[2 * i + 1] * scale_low.y);
-                    O[2 + i] = pack_bf16(O_new[4 + 2 * i] * scale_high.x, O_new[5 + 2 * i] * scale_high.y);
-                }
+            for (int i = 0; i < 2; ++i) {
+                O[i] = pack_bf16(O_new[2 * i] * scale_low.x, O_new[2 * i + 1] * scale_low.y);
+                O[2 + i] = pack_bf16(O_new[4 + 2 * i] * scale_high.x, O_new[5 + 2 * i] * scale_high.y);
             }
         };
-        const auto steps = [&](auto with_outputs) {
-            bool begin_there = number % kPair != static_cast<uint32_t>(rank());
-            for (int left = chunks; left > 0; --left) {   // by turns
-                if (!begin_there) {
-                    step(std::true_type(), with_outputs);
-                    if (--left == 0)
-                        break;
-                }
-                begin_there = false;
-                step(std::false_type(), with_outputs);
+        bool begin_there = number % kPair != static_cast<uint32_t>(rank());
+        for (int left = chunks; left > 0; --left) {   // by turns
+            if (!begin_there) {
+                step(std::true_type());
+                if (--left == 0)
+                    break;
             }
-        };
-        if (!kSegments || output) {
-            steps(std::true_type());
-            if (chunks > 0)
-                places.writer.store(places.writer.transpose(O), min(kChunk, chain.length - (chunks - 1) * kChunk));
-        } else {
-            steps(std::false_type());
+            begin_there = false;
+            step(std::false_type());
         }
+        if (chunks > 0)
+            places.writer.store(places.writer.transpose(O), min(kChunk, chain.length - (chunks - 1) * kChunk));
         if (chain.to == To::kFinalState) {
             if (!passes_through(chain))
                 for (float& x : S)

@@ -109,8 +109,8 @@ __device__ __forceinline__ void find_span(const KernelParams& p, Span& span) {
     }
 }
 
-enum class From { kInitialState, kHandover, kZero, kIdentity, kSummaries, kRegisters };   // the last: the chain before left it there
-enum class To { kFinalState, kHandover, kB, kM, kNowhere };
+enum class From { kInitialState, kHandover, kZero, kIdentity, kSummaries };
+enum class To { kFinalState, kHandover, kM, kNowhere };
 
 // A chain, or a part of one.
 struct Chain {
@@ -123,18 +123,16 @@ struct Chain {
     bool done;              // there is none any more
 
     // Of segments: see segments.cuh.
-    int segment, segments;   // this one, and how many the whole chain has
-    int compositions;        // before this one
-    Handover* handovers;     // of the whole chain: S1, B_1, M_1, B_2, M_2, ...
-    Handover* handover;      // where this one's goes
+    int readers;           // of the whole chain's first summary
+    int compositions;      // before this one
+    int corrected;         // tokens whose outputs wait for the state composed
+    Handover* handovers;   // of the whole chain: S1, B_1, M_1, B_2, M_2, ...
+    Handover* handover;    // where this one's goes
 
     __device__ int chunks() const { return chunks_of(length); }
 };
 
-// What becomes of zero or of the identity is asked for its state alone.
-__device__ __forceinline__ bool has_outputs(const Chain& chain) { return chain.to != To::kB && chain.to != To::kM; }
-
-// And the identity's rows are no values'.
+// The identity's rows are no values'.
 __device__ __forceinline__ bool has_values(const Chain& chain) { return chain.to != To::kM; }
 
 // Goes through a span's chains in the order in which they are to be done.
@@ -191,17 +189,21 @@ private:
     }
 };
 
-// By one warp, for all others.
+// By one warp, for all others, which wait for it at the cluster's barrier: meanwhile it has found the first chain.
 template <class Walk, class Shared>
 __device__ __forceinline__ void schedule_chains(const KernelParams& p, Shared& smem) {
     Walk walk(smem.span);
+#pragma unroll 1
     for (uint32_t n = 0;; ++n) {
         const Turn<kChains> turn(n);
-        mbarrier_wait(smem_address(&smem.chains_empty[turn.slot]), turn.parity ^ 1);   // passes in the first turn
+        if (n > 0)
+            mbarrier_wait(smem_address(&smem.chains_empty[turn.slot]), turn.parity ^ 1);   // passes in the first turn
         Chain& chain = smem.chains[turn.slot];
         walk.next(p, chain);
         __syncwarp();
         const bool done = chain.done;
+        if (n == 0)
+            sync_cluster();
         mbarrier_arrive(smem_address(&smem.chains_ready[turn.slot]));
         if (done)
             return;

@@ -1,18 +1,21 @@
 // Few chains, and long ones: cut in time, into segments done side by side.
 //
 // Over a stretch of tokens the state goes to S M + B: B is the state that zero would become, M the one that the identity would become
-// without values. First the summaries, of all segments of a chain but the last. The first segment, longer than the others, is done as it is
-// and gives the state S1 behind it. The others are summarised two by two, 1 and 2, 3 and 4, ...: one task does B of both, and leaves it
-// behind the first and behind the second; another does M. One that is left over has one task for M and B. All these tasks take about as
-// long as one another, and all of them are the recurrence as it is. Then the replays of all segments but the first, and of chains that are not cut: the state
-// before segment s is, with B_i and M_i of segment i alone where i is odd and of i - 1 and i where it is even,
+// without values. So do the outputs, which are S Y' + O: O what they would be from zero, Y what the queries would read of the identity.
+// First the summaries. The first segment is done as it is, and gives the state S1 behind it. Of each other one, one task finds B, and O in
+// place of the outputs; another finds M, and Y in a place of its own. All of them are the recurrence as it is. Then the corrections: the
+// state before segment s is
 //
-//   S = ((S1 M_2 + B_2) M_4 + B_4) ...     and at last, where s is even, M_(s - 1) and B_(s - 1),
+//   S = ((S1 M_1 + B_1) M_2 + B_2) ...     up to M_(s - 1) and B_(s - 1)
 //
-// in three bf16 products each, of S and M as a bf16 part and what that lacks; from there the segment is done as it is.
+// in three bf16 products each, of S and M as a bf16 part and what that lacks; and what a segment's outputs lack, S Y', is a product without
+// any order in time. One more task finds the state behind the last segment.
 //
-// The tasks are numbered, by sequence, head and segment; the pairs deal them out in turn, first all summaries, then all replays. Since the
-// CTAs run all at once, and no pair waits for anything but summaries, they cannot lock up.
+// A chain's tokens are cut into units, one more than it has tasks in either phase. A segment has two, half of it a correction each. The last
+// one may have one, and then a single task for B and M, so that the tasks can be odd or even in number.
+//
+// The tasks are numbered, sequence by sequence and head by head; the pairs deal them out in turn, first all summaries, then all corrections and the
+// chains that are not cut. Since the CTAs run all at once, and no pair waits for anything but summaries, they cannot lock up.
 #pragma once
 
 #include "kernel_params.h"
@@ -27,53 +30,53 @@ namespace flash_kda::sm90 {
 // A pair's tasks, one after the other.
 class SegmentWalk {
 public:
-    __device__ explicit SegmentWalk(const Span&) : place{Tasks::kSummaries, pair(), 0, 0, {}} {}
+    __device__ explicit SegmentWalk(const Span&) : place{Phase::kSummaries, pair(), 0, 0, {}} {}
 
     // Writes the next one. Called by all lanes.
     __device__ __forceinline__ void next(const KernelParams& p, Chain& chain) {
         const uint32_t lane = threadIdx.x % 32;
         Place at = place;
+#pragma unroll 1
         for (;;) {
             // A lane a sequence: how many tasks it has, and there are up to its end.
             const uint32_t sequence = at.sequence + lane;
             const Rows rows = sequence < p.num_sequences ? sequence_rows(p, sequence) : Rows{0, 0};
-            const int n = segments_of(chunks_of(rows.length), p.least_chunks, p.segments);
+            const int tasks = tasks_of(chunks_of(rows.length), p.least_chunks, p.tasks);
             const uint32_t heads = sequence < p.num_sequences ? p.heads : 0;
-            const Counts own = {heads * summaries_of(n), heads * replays_of(n)};
+            const bool summaries = at.phase == Phase::kSummaries;
+            const uint32_t each = summaries && tasks == 1 ? 0 : tasks;   // of a head
+            const Counts own = {heads * each, heads * handovers_of(tasks)};
             Counts until = own;
+#pragma unroll 1
             for (int d = 1; d < 32; d *= 2) {
-                const uint32_t x = __shfl_up_sync(~0u, until.summaries, d), y = __shfl_up_sync(~0u, until.replays, d);
+                const uint32_t x = __shfl_up_sync(~0u, until.tasks, d), y = __shfl_up_sync(~0u, until.handovers, d);
                 if (lane >= d) {
-                    until.summaries += x;
-                    until.replays += y;
+                    until.tasks += x;
+                    until.handovers += y;
                 }
             }
-            until.summaries += at.before.summaries;
-            until.replays += at.before.replays;
-            const bool summaries_first = at.tasks == Tasks::kSummaries;
-            const uint32_t end = summaries_first ? until.summaries : until.replays;
-            if (const uint32_t behind = __ballot_sync(~0u, at.task < end)) {
+            until.tasks += at.before.tasks;
+            until.handovers += at.before.handovers;
+            if (const uint32_t behind = __ballot_sync(~0u, at.task < until.tasks)) {
                 bool goes_on = false;
                 if (lane == __ffs(behind) - 1) {
-                    const uint32_t each = summaries_first ? summaries_of(n) : replays_of(n), in_sequence = at.task - (end - each * p.heads);
-                    const uint32_t tasks_before = until.summaries - own.summaries + until.replays - own.replays;
-                    const uint32_t head = in_sequence / each, task = in_sequence % each;
-                    take(p, chain, sequence, rows, n, head, at.tasks, task, at.part, tasks_before - sequence * p.heads + head * handovers_of(n));
-                    goes_on = summaries_first && task > 0 && at.part == 0;
+                    const uint32_t in_sequence = at.task - (until.tasks - own.tasks), head = in_sequence / each;
+                    const int task = in_sequence % each;
+                    goes_on = take(p, chain, sequence, rows, tasks, head, at.phase, task, at.part, until.handovers - own.handovers + head * handovers_of(tasks));
                 }
                 goes_on = __any_sync(~0u, goes_on);
-                place = {at.tasks, goes_on ? at.task : at.task + gridDim.x / kPair, goes_on, at.sequence, at.before};
+                place = {at.phase, goes_on ? at.task : at.task + gridDim.x / kPair, goes_on, at.sequence, at.before};
                 return;
             }
-            at.before = {__shfl_sync(~0u, until.summaries, 31), __shfl_sync(~0u, until.replays, 31)};
+            at.before = {__shfl_sync(~0u, until.tasks, 31), __shfl_sync(~0u, until.handovers, 31)};
             at.sequence += 32;
             if (at.sequence >= p.num_sequences) {
-                if (!summaries_first) {
+                if (!summaries) {
                     if (lane == 0)
                         chain.done = true;
                     return;
                 }
-                at = {Tasks::kReplays, pair(), 0, 0, {}};
+                at = {Phase::kCorrections, pair(), 0, 0, {}};
             }
         }
     }
@@ -81,55 +84,69 @@ public:
 private:
     __device__ static uint32_t pair() { return blockIdx.x / kPair; }
 
-    enum class Tasks { kSummaries, kReplays };
+    enum class Phase { kSummaries, kCorrections };   // in the second one, chains that are not cut too
     struct Counts {
-        uint32_t summaries, replays;
+        uint32_t tasks, handovers;
     };
     struct Place {
-        Tasks tasks;
+        Phase phase;
         uint32_t task;       // the next one of the pair's,
-        int part;            // of it: of all summaries but a chain's first there are two
+        int part;            // of it: B, then M, where it has both; a share of the corrections, then the final state
         uint32_t sequence;   // no earlier than this sequence,
-        Counts before;       // which so many tasks precede
+        Counts before;       // which so many precede
     };
     Place place;
 
-    __device__ __forceinline__ static void take(const KernelParams& p, Chain& chain, uint32_t sequence, const Rows& rows, int n, uint32_t head, Tasks tasks,
-                                                int task, int part, uint32_t first_handover) {
+    // Of the last segment, where that has one unit.
+    __device__ static bool has_both_parts(int tasks, int task) { return tasks % 2 == 0 && task == tasks - 1; }
+
+    // Whether there is another part.
+    __device__ __forceinline__ static bool take(const KernelParams& p, Chain& chain, uint32_t sequence, const Rows& rows, int tasks, uint32_t head,
+                                                Phase phase, int task, int part, uint32_t first_handover) {
         chain = {};
-        chain.segments = n;
+        bool goes_on = phase == Phase::kSummaries && has_both_parts(tasks, task) && part == 0;
         chain.handovers = p.workspace.handovers + first_handover;
         chain.head = head;
         chain.state_offset = (static_cast<int64_t>(sequence) * p.heads + head) * (kDim * kDim);
-        int segment;
-        if (tasks == Tasks::kReplays) {
-            segment = n > 1 ? 1 + task : 0;
-            chain.compositions = segment / 2;
-            chain.from = segment == 0 ? From::kInitialState : From::kSummaries;
-            chain.to = segment == n - 1 ? To::kFinalState : To::kNowhere;
-        } else if (task == 0) {
-            segment = 0;
-            chain.handover = chain.handovers;
+        const int chunks = chunks_of(rows.length), units = units_of(tasks), last = segments_of(tasks) - 1;
+        const auto border = [&](int unit) { return border_of(chunks, min(unit, units), units); };
+        const auto tokens = [&](int from, int to) {   // up to before the last of these chunks; returns how many
+            chain.first_row = rows.first + from * kChunk;
+            return min(to * kChunk, rows.length) - from * kChunk;
+        };
+        const int begin = border(kSegmentUnits * last), own_tasks = units - kSegmentUnits * last, share = final_share(chunks - begin, own_tasks, last + 1);
+        chain.readers = tasks + (share > 0);
+        if (tasks == 1) {
+            chain.length = tokens(0, chunks);
             chain.from = From::kInitialState;
-            chain.to = To::kHandover;
+            chain.to = To::kFinalState;
+        } else if (phase == Phase::kSummaries) {
+            const int segment = (task + 1) / 2;
+            const bool matrix = has_both_parts(tasks, task) ? part == 1 : task > 0 && task % 2 == 0;
+            chain.length = tokens(border(kSegmentUnits * segment), border(kSegmentUnits * (segment + 1)));
+            chain.handover = chain.handovers + (segment == 0 ? 0 : 2 * segment - 1 + matrix);
+            chain.from = segment == 0 ? From::kInitialState : matrix ? From::kIdentity : From::kZero;
+            chain.to = matrix ? To::kM : To::kHandover;
         } else {
-            const int first = task - 1 + task % 2;   // of two segments, whose tasks have the same two numbers: B's, then M's
-            const bool alone = first == n - 2, matrix = alone ? part == 0 : task % 2 == 0;
-            segment = alone ? first : first + part;
-            chain.handover = chain.handovers + 2 * segment - 1 + matrix;
-            chain.from = part == 1 && !alone ? From::kRegisters : matrix ? From::kIdentity : From::kZero;
-            chain.to = matrix ? To::kM : To::kB;
+            const int unit = kSegmentUnits + task;   // the final state's is behind all tokens
+            const bool final = unit == units && (part == 1 || share == 0);
+            chain.from = From::kSummaries;
+            chain.to = final ? To::kFinalState : To::kNowhere;
+            chain.compositions = final ? last : min(unit / kSegmentUnits, last) - 1;
+            const auto cut = [&](int unit) {   // the last segment's are shared out anew
+                const int i = unit - kSegmentUnits * last;
+                return i <= 0 ? border(unit) : i > own_tasks ? chunks : begin + (chunks - begin - share) * i / own_tasks;
+            };
+            if (!final)
+                chain.corrected = tokens(cut(unit), cut(unit + 1));
+            goes_on = unit == units && !final;
         }
-        chain.segment = segment;
-        const int chunks = chunks_of(rows.length);
-        const auto border = [&](int s) { return border_of(chunks, s, n) * kChunk; };
-        chain.first_row = rows.first + border(segment);
-        chain.length = min(border(segment + 1), rows.length) - border(segment);
-        if (first_handover + handovers_of(n) > p.workspace.count) {   // only where cu_seqlens is not what it should be
+        if (first_handover + handovers_of(tasks) > p.workspace.count) {   // only where cu_seqlens is not what it should be
             chain = {};
             chain.from = From::kZero;
             chain.to = To::kNowhere;
         }
+        return goes_on;
     }
 };
 
@@ -187,54 +204,71 @@ __device__ __forceinline__ uint64_t* fetch_state(Handover& summary, uint64_t tic
     return left;
 }
 
-// A summary passes through the stages of the CTA's own chunks in pieces: B, of the CTA's half, then M, a block a stage.
-constexpr int kStateLoads = static_cast<int>(sizeof(Stage) / (kWarpgroup * sizeof(float4)));   // float4s a thread that a stage holds
-constexpr int kStatePieces = (kStateRegisters / 4 + kStateLoads - 1) / kStateLoads, kSummaryPieces = kStatePieces + kBlocks;
-static_assert(sizeof(Handover::matrix[0]) <= sizeof(Stage));
+// A summary passes through the stages of the CTA's own chunks in pieces: B, of the CTA's half, and M behind it, in units of 16 rows of one part
+// of M, three a stage. So do the outputs to be corrected, and Y.
+constexpr int kUnitBytes = kHalves * kHalfTileBytes, kStageUnits = static_cast<int>(sizeof(Stage)) / kUnitBytes;
+constexpr int kUnitLoads = kUnitBytes / static_cast<int>(kWarpgroup * sizeof(float4));   // float4s a thread
+constexpr int kStateUnits = kStateRegisters / 4 / kUnitLoads, kSummaryUnits = kStateUnits + kBlocks * 2;
+constexpr int kSummaryPieces = kSummaryUnits / kStageUnits;
+static_assert(sizeof(Stage) % kUnitBytes == 0 && kSummaryUnits % kStageUnits == 0 && sizeof(Handover::matrix) == kBlocks * 2 * kUnitBytes);
 
-// Behind which segment the summary ends that a replay composes first (1), second (2), ...
-__device__ __forceinline__ int summarised(const Chain& chain, int composition) { return min(2 * composition, chain.segment - 1); }
+__device__ __forceinline__ int correction_pieces(const Chain& chain) { return (chain.corrected + kCorrected - 1) / kCorrected; }
+__device__ __forceinline__ int pieces_of(const Chain& chain) { return chain.compositions * kSummaryPieces + correction_pieces(chain); }
 
-// B and M of a segment, or of two.
+// B and M of a segment.
 __device__ __forceinline__ Handover* summary_of(const Chain& chain, int segment) { return &chain.handovers[2 * segment - 1]; }
 
-// A lane for the part of each warp that leaves some of a summary; `does` gets the word and how often the part is fetched.
+// Who wants them: its own units, to be corrected, and what comes after these.
+__device__ __forceinline__ int fetches_of(const Chain& chain, int segment) { return chain.readers - kSegmentUnits * (segment - 1); }
+
+// Of these segments, the part that each warp leaves of a summary, and of what it read, and that this CTA wants, by a lane each; `does` gets
+// the word and how often the part is fetched.
 template <class Does>
-__device__ __forceinline__ void for_each_part(const Chain& chain, int composition, Does does) {
-    const int lane = threadIdx.x % 32, segment = summarised(chain, composition);
-    const int fetches = segment % 2 == 1 ? 1 : chain.segments - 1 - segment;   // by the next segment's replay; of two segments, by all behind
-    Handover* const summary = summary_of(chain, segment);
-    if (lane < 4)
-        does(&summary[0].left[blockIdx.x % kPair * 4 + lane], fetches);
-    else if (lane < 4 + kHalves * 4)
-        does(&summary[1].left[lane - 4], kPair * fetches);
+__device__ __forceinline__ void for_each_part(const Chain& chain, int first, int last, Does does) {
+    constexpr int kWarps = 4, kParts = kWarps + kHalves * kWarps;
+#pragma unroll 1   // a loading warp has few registers
+    for (int i = threadIdx.x % 32; i < (last - first + 1) * kParts; i += 32) {
+        const int segment = first + i / kParts, part = i % kParts, fetches = fetches_of(chain, segment);
+        Handover* const summary = summary_of(chain, segment);
+        if (part < kWarps)
+            does(&summary[0].left[blockIdx.x % kPair * kWarps + part], fetches);
+        else
+            does(&summary[1].left[part - kWarps], kPair * fetches);
+    }
 }
 
-// Until the summary is there. Called by all lanes.
-__device__ __forceinline__ void await_summary(const Chain& chain, uint64_t ticket, int composition) {
-    for_each_part(chain, composition, [&](uint64_t* left, int) { await_left(left, ticket); });
+// Until the summaries are there. Called by all lanes.
+__device__ __forceinline__ void await_summaries(const Chain& chain, uint64_t ticket, int first, int last) {
+    for_each_part(chain, first, last, [&](uint64_t* left, int) { await_left(left, ticket); });
     __syncwarp();
     fence_async_proxy_everywhere();
 }
 
-__device__ __forceinline__ void count_fetches(const Chain& chain, uint64_t ticket, int composition) {
-    for_each_part(chain, composition, [&](uint64_t* left, int fetches) { count_fetch(left, ticket, fetches); });
+__device__ __forceinline__ void count_fetches(const Chain& chain, uint64_t ticket, int first, int last) {
+    for_each_part(chain, first, last, [&](uint64_t* left, int fetches) { count_fetch(left, ticket, fetches); });
+}
+
+// In place of a team.
+__device__ __forceinline__ void arrive_with_piece(uint64_t& ready, int bytes) {
+    mbarrier_arrive_expect_bytes(ready, bytes);
+    mbarrier_arrive(smem_address(&ready), kTeam * 32 - 1);
 }
 
 // Called by one thread.
-__device__ __forceinline__ void load_summary_piece(const Chain& chain, int composition, int piece, Stage& stage, uint64_t& ready) {
-    const Handover* const summary = summary_of(chain, summarised(chain, composition));
-    const bool state = piece < kStatePieces;
-    constexpr int kLast = kStateRegisters / 4 - (kStatePieces - 1) * kStateLoads;
-    const int bytes = state ? (piece + 1 < kStatePieces ? kStateLoads : kLast) * kWarpgroup * sizeof(float4) : sizeof(Handover::matrix[0]);
-    const void* const from = state ? static_cast<const void*>(summary[0].state[blockIdx.x % kPair][piece * kStateLoads])
-                                   : summary[1].matrix[piece - kStatePieces];
-    mbarrier_arrive_expect_bytes(ready, bytes);
-    mbarrier_arrive(smem_address(&ready), kTeam * 32 - 1);   // in place of a team
-    bulk_load(&stage, from, bytes, ready);
+__device__ __forceinline__ void load_summary_piece(const Chain& chain, int segment, int piece, Stage& stage, uint64_t& ready) {
+    const Handover* const summary = summary_of(chain, segment);
+    const char* const B = reinterpret_cast<const char*>(summary[0].state[blockIdx.x % kPair]);
+    const char* const M = reinterpret_cast<const char*>(summary[1].matrix);
+    const int first = piece * kStageUnits, of_state = min(max(kStateUnits - first, 0), kStageUnits);
+    arrive_with_piece(ready, sizeof(Stage));
+    if (of_state > 0)
+        bulk_load(&stage, B + first * kUnitBytes, of_state * kUnitBytes, ready);
+    if (of_state < kStageUnits)
+        bulk_load(reinterpret_cast<char*>(&stage) + of_state * kUnitBytes, M + (first + of_state - kStateUnits) * kUnitBytes,
+                  (kStageUnits - of_state) * kUnitBytes, ready);
 }
 
-// The state before a segment. `number` of the next stage of the CTA's own, and `release` gives one back.
+// The state before a segment, or behind the last one. `number` of the next stage of the CTA's own, and `release` gives one back.
 template <class Release>
 __device__ __forceinline__ void compose(const KernelParams& p, SharedStorage& smem, const Chain& chain, uint32_t number, Release release,
                                         float (&S)[kStateRegisters]) {
@@ -252,26 +286,30 @@ __device__ __forceinline__ void compose(const KernelParams& p, SharedStorage& sm
             low[i] = pack_bf16(S[2 * i] - low_bf16(high[i]), S[2 * i + 1] - high_bf16(high[i]));
         }
 #pragma unroll
-        for (int piece = 0; piece < kStatePieces; ++piece, ++number) {
-            const uint32_t slot = await_piece(number);
-            for (int i = 0; i < kStateLoads && piece * kStateLoads + i < kStateRegisters / 4; ++i) {
-                const float4 x = load_shared_float4(smem_address(&smem.stages[slot]) + (i * kWarpgroup + thread) * 16);
-                float* const to = S + 4 * (piece * kStateLoads + i);
-                to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
+        for (int piece = 0; piece < kSummaryPieces; ++piece, ++number) {
+            const uint32_t slot = await_piece(number), stage = smem_address(&smem.stages[slot]);
+            const int first = piece * kStageUnits, end = first + kStageUnits;
+            for (int i = first * kUnitLoads; i < min(end, kStateUnits) * kUnitLoads; ++i) {
+                const float4 x = load_shared_float4(stage + ((i - first * kUnitLoads) * kWarpgroup + thread) * 16);
+                S[4 * i] = x.x, S[4 * i + 1] = x.y, S[4 * i + 2] = x.z, S[4 * i + 3] = x.w;
             }
-            release(slot);
-        }
-        fence_operands(S);
-#pragma unroll
-        for (int block = 0; block < kBlocks; ++block, ++number) {
-            const uint32_t slot = await_piece(number);
-            const MatrixDescriptor matrix = matrix_descriptor(in_sixteenths(smem_address(&smem.stages[slot])), Swizzle::k128Bytes, kHalfTileBytes, 8 * 128);
+            if (end <= kStateUnits) {
+                release(slot);
+                continue;
+            }
+            if (first <= kStateUnits)
+                fence_operands(S);
             cute::warpgroup_arrive();
-            wgmma<UpdateAtom>(S, high + 4 * block, matrix);
-            wgmma<UpdateAtom>(S, low + 4 * block, matrix);
-            wgmma<UpdateAtom>(S, high + 4 * block, matrix + kHalves * kHalfTileBytes / 16);
+            for (int unit = max(first, kStateUnits); unit < end; ++unit) {
+                const int block = (unit - kStateUnits) / 2;
+                const bool high_part = (unit - kStateUnits) % 2 == 0;
+                const MatrixDescriptor M = matrix_descriptor(in_sixteenths(stage + (unit - first) * kUnitBytes), Swizzle::k128Bytes, kHalfTileBytes, 8 * 128);
+                wgmma<UpdateAtom>(S, high + 4 * block, M);
+                if (high_part)
+                    wgmma<UpdateAtom>(S, low + 4 * block, M);
+            }
             cute::warpgroup_commit_batch();
-            if (block > 0) {
+            if (first > kStateUnits) {
                 cute::warpgroup_wait<1>();
                 release(Turn<kOwnStages>(number - 1).slot);
             }
@@ -281,7 +319,7 @@ __device__ __forceinline__ void compose(const KernelParams& p, SharedStorage& sm
         release(Turn<kOwnStages>(number - 1).slot);
     }
     if (thread % 32 == 0)
-        count_fetch(left, p.workspace.ticket, chain.segments - 1);
+        count_fetch(left, p.workspace.ticket, chain.readers);
 }
 
 }  // namespace flash_kda::sm90

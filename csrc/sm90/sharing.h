@@ -13,28 +13,35 @@ constexpr int kPair = 2;
 
 constexpr int kStateChunks = 9;   // a chain's states take as long to come and go as so many chunks do
 
-// Into how many segments a sequence of so many chunks is cut, each of at least `least_chunks`.
-constexpr int segments_of(int chunks, int least_chunks, int most) {
-    const int fit = chunks / least_chunks - 1, n = fit < 1 ? 1 : fit < most ? fit : most;
-    return n == 2 && most > 2 ? 1 : n;   // two segments, one after the other, are done no sooner than the whole
+// A chain that is cut has so many tasks, each a pair's, in each of two phases: see segments.cuh. 1: it is not cut. Its tokens are one unit
+// more, each of about `least_chunks` at least.
+constexpr int tasks_of(int chunks, int least_chunks, int most) {
+    const int fit = chunks / least_chunks - 1;
+    return fit < 1 ? 1 : fit < most ? fit : most;
+}
+constexpr int units_of(int tasks) { return tasks + 1; }
+
+// A segment has two units, so that its summary takes as long as any other; the last may have one, and one task for both parts of its summary.
+constexpr int kSegmentUnits = 2;
+constexpr int segments_of(int tasks) { return tasks / 2 + 1; }
+constexpr int tasks_for(int segments) { return 2 * segments - 1; }
+
+// The first chunk of a unit. The first segment is a little shorter than the others, for all of them wait for the state behind it.
+constexpr int kHeadStart = 2;
+constexpr int border_of(int chunks, int unit, int units) {
+    const int head_start = chunks / units < kHeadStart ? chunks / units : kHeadStart, line = chunks + head_start;
+    return unit == 0 ? 0 : line / units * unit + line % units * unit / units - head_start;   // in 32 bits: units are few
 }
 
-// A chain's segments are equally long but the first, whose task makes outputs and takes as long as that of two others, which makes none.
-// In units of which a chain of n segments has so many:
-constexpr int kFirstUnits = 7, kOtherUnits = 4;
-constexpr int units_of(int segments) { return kFirstUnits + kOtherUnits * (segments - 1); }
-
-// The first chunk of a segment.
-constexpr int border_of(int chunks, int segment, int segments) {
-    return segment == 0 ? 0 : static_cast<int>(static_cast<long long>(chunks) * units_of(segment) / units_of(segments));
+// The last segment's outputs are corrected by its own tasks, one a unit, and by the pair that finds the final state, which has so many chunks
+// less to do: what it takes to fetch, to store, and to compose with each summary.
+constexpr int kFinalChunks = 12, kCompositionChunks = 9;
+constexpr int final_share(int chunks, int own_tasks, int segments) {
+    const int left = chunks - own_tasks * (kFinalChunks + kCompositionChunks * (segments - 1));
+    return left > 0 ? left / (own_tasks + 1) : 0;
 }
 
-// A chain's tasks, each a pair's: summaries, of the first segment or of two; then, of all segments but the first, a replay. A chain that is
-// not cut is replayed from its initial state.
-constexpr int summaries_of(int segments) { return segments - 1; }
-constexpr int replays_of(int segments) { return segments > 1 ? segments - 1 : 1; }
-
-// What the summaries leave: the state behind the first segment; B and M behind each of the others but the last.
-constexpr int handovers_of(int segments) { return summaries_of(segments) + replays_of(segments) - 1; }
+// What is left behind: the state behind the first segment, B and M of each of the others.
+constexpr int handovers_of(int tasks) { return tasks > 1 ? 2 * segments_of(tasks) - 1 : 0; }
 
 }  // namespace flash_kda::sm90

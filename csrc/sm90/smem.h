@@ -25,7 +25,7 @@ constexpr int kHalfTileBytes = sizeof(HalfTile);
 //   kq     k over q, by halves    [-W over qd]: B [2 kChunk, K], K-major
 //   g      gate logits            kr: B [kChunk, K], N-major
 //
-// Or, before a segment's chunks, a piece of a summary: see segments.cuh.
+// Or a piece of a summary, or of a correction: see segments.cuh.
 struct Stage {
     HalfTile kq[kHalves][2];
     HalfTile g[kHalves];
@@ -65,7 +65,7 @@ struct SharedStorage {
     uint64_t chains_ready[kChains];      // schedule -> all others
     uint64_t chains_empty[kChains];      // all others -> schedule
     uint64_t loaded[kOwnStages];         // copy engine -> prepare
-    uint64_t ready[kStages];             // prepare -> recurrence, mail; copy engine, from the other CTA or with summaries -> recurrence
+    uint64_t ready[kStages];             // prepare -> recurrence, mail; copy engine, from the other CTA or with pieces -> recurrence
     uint64_t empty[kOwnStages];          // recurrence; that of the other CTA, a lane a warp, or mail -> load
     uint64_t free[kMailStages];          // recurrence of the other CTA, a lane a warp -> mail
     uint64_t values_loaded[kValueStages];   // load values, copy engine -> recurrence

@@ -28,11 +28,11 @@ PFN_cuTensorMapEncodeTiled_v12000 encoder() {
 
 }  // namespace
 
-CUtensorMap make_tensor_map(const void* data, int64_t rows, int64_t heads, int halves) {
+CUtensorMap make_tensor_map(const void* data, int64_t rows, int64_t heads, int tokens, int halves) {
     constexpr uint64_t kRowBytes = kDim * 2;
     const uint64_t sizes[4] = {kHalf, static_cast<uint64_t>(rows), kHalves, static_cast<uint64_t>(heads)};
     const uint64_t strides[3] = {heads * kRowBytes, kHalf * 2, kRowBytes};   // of all but the first coordinate
-    const uint32_t box[4] = {kHalf, kChunk, static_cast<uint32_t>(halves), 1};
+    const uint32_t box[4] = {kHalf, static_cast<uint32_t>(tokens), static_cast<uint32_t>(halves), 1};
     const uint32_t steps[4] = {1, 1, 1, 1};
     CUtensorMap map;
     const CUresult error = encoder()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, const_cast<void*>(data), sizes, strides, box, steps,

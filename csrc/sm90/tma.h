@@ -8,7 +8,7 @@
 
 namespace flash_kda::sm90 {
 
-// A tensor map's box [tokens, 64 channels] of as many halves as it has, from this row, half and head on. Called by one thread; the bytes
+// A tensor map's box [tokens, 64 channels] of as many tokens and halves as it has, from this row, half and head on. Called by one thread; the bytes
 // count for `loaded`. `kOnce`: nobody else will want them from L2.
 template <bool kOnce>
 __device__ __forceinline__ void load_box(const CUtensorMap& map, uint64_t& loaded, HalfTile& to, int row, int half, int head) {

@@ -6,5 +6,5 @@
 struct CUtensorMap {
     const void* data;   // bf16 [rows, heads, 128]
     int64_t rows, heads;
-    int halves;         // of 64 channels, a box
+    int tokens, halves; // of 64 channels, a box
 };

@@ -97,18 +97,23 @@ void run_grid(uint32_t ctas, int ctas_a_cluster, int threads, uint64_t seed) {
 extern "C" const char* emulate_fwd(const void* q, const void* k, const void* v, const void* g, const void* beta, void* out, const float* A_log,
                                    const float* dt_bias, const void* initial_state, void* final_state, const int64_t* cu_seqlens,
                                    int64_t num_sequences, int64_t tokens, int64_t heads, int state_is_fp32, float scale,
-                                   float lower_bound, int sharing_index, int ctas, int segments, int least_chunks, int handovers, uint64_t seed) {
+                                   float lower_bound, int sharing_index, int ctas, int tasks, int least_chunks, int handovers, uint64_t seed) {
     using namespace flash_kda::sm90;
     const int64_t rows = cu_seqlens ? tokens : num_sequences * tokens;
     KernelParams p{};
-    p.q = {q, rows, heads, 1};
-    p.k = {k, rows, heads, 1};
+    p.q = {q, rows, heads, kChunk, 1};
+    p.k = {k, rows, heads, kChunk, 1};
     const auto sharing = static_cast<Sharing>(sharing_index);
-    p.v_map = {v, rows, heads, 1};
+    p.v_map = {v, rows, heads, kChunk, 1};
     p.v = static_cast<const bf16*>(v);
-    p.g = {g, rows, heads, kHalves};
+    p.g = {g, rows, heads, kChunk, kHalves};
     p.beta = static_cast<const bf16*>(beta);
     p.out = static_cast<bf16*>(out);
+    std::vector<bf16> Y(sharing == Sharing::kSegments ? rows * heads * kDim : 0);
+    memset(static_cast<void*>(Y.data()), 0xff, Y.size() * sizeof(bf16));
+    p.Y = Y.data();
+    p.out_map = {out, rows, heads, kCorrected, 1};
+    p.Y_map = {p.Y, rows, heads, kCorrected, kHalves};
     p.A_log = A_log;
     p.dt_bias = dt_bias;
     p.initial_state = initial_state;
@@ -120,7 +125,7 @@ extern "C" const char* emulate_fwd(const void* q, const void* k, const void* v, 
     p.scale = scale;
     p.lower_bound = lower_bound;
     p.num_sequences = static_cast<uint32_t>(num_sequences);
-    p.segments = segments;
+    p.tasks = tasks;
     p.least_chunks = least_chunks;
     std::vector<Handover> workspace(handovers + 1);   // one to be left alone
     memset(static_cast<void*>(workspace.data()), 0xff, workspace.size() * sizeof(Handover));

@@ -13,19 +13,19 @@ void load_box(const CUtensorMap& map, uint64_t& loaded, HalfTile& to, int row, i
     if (smem_address(&to) % alignof(HalfTile) != 0 || half + map.halves > kHalves || head < 0 || head >= map.heads)
         emulator::fail("a box that cannot be copied");
     Barrier& b = barrier(loaded);
-    emulator::races::copied(&to, nullptr, map.halves * kHalfTileBytes, &b);
+    emulator::races::copied(&to, nullptr, map.halves * map.tokens * kHalf * 2, &b);
     emulator::races::Quiet quiet;
     for (int h = 0; h < map.halves; ++h)
-        for (int t = 0; t < kChunk; ++t)
+        for (int t = 0; t < map.tokens; ++t)
             for (int unit = 0; unit < 8; ++unit) {
-                uint8_t* place = emulator::shared(smem_address(&to) + h * kHalfTileBytes + t * 128 + (unit ^ t % 8) * 16, 16);
+                uint8_t* place = emulator::shared(smem_address(&to) + (h * map.tokens + t) * 128 + (unit ^ t % 8) * 16, 16);
                 const int64_t element = ((row + t) * map.heads + head) * kDim + (half + h) * kHalf + unit * 8;
                 if (row + t >= 0 && row + t < map.rows)
                     memcpy(place, static_cast<const __nv_bfloat16*>(map.data) + element, 16);
                 else
                     memset(place, 0, 16);
             }
-    b.bytes -= map.halves * kHalfTileBytes;
+    b.bytes -= map.halves * map.tokens * kHalf * 2;
     settle(b);
 }
 
