@@ -1,5 +1,5 @@
-// Load and mail: single warps that ask the copy engine for what the others will need, as far ahead as there is room. Their loops stay rolled
-// up, as schedule's do: code that comes from afar is waited for by all others.
+// Load and mail: single warps that ask the copy engine for what the others will need, as far ahead as there is room. Their loops
+// over chunks and pieces stay rolled up, as schedule's do: code that comes from afar is waited for by all others.
 #pragma once
 
 #include "kernel_params.h"
@@ -124,7 +124,6 @@ __device__ __forceinline__ void mail_chunks(SharedStorage& smem) {
 // A tail's values, whose rows past the sequence are zero: its neighbour's may be no numbers. Called by all lanes.
 __device__ __forceinline__ void copy_tail(const bf16* v, int64_t row_stride, int valid, HalfTile& to) {
     const int lane = threadIdx.x % 32, unit = lane % 8;
-#pragma unroll 1
     for (int row = lane / 8; row < kChunk; row += 32 / 8) {
         const uint4 x = row < valid ? reinterpret_cast<const uint4*>(v + row * row_stride)[unit] : uint4{};
         store_shared_16_bytes(smem_address(&to) + row * 128 + ((unit ^ row % 8) << 4), {x.x, x.y, x.z, x.w});
