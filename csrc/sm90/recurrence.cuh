@@ -119,6 +119,16 @@ public:
     // To a chain's first token, less a chunk: `store` is called once more than there are chunks.
     __device__ __forceinline__ void seek(bf16* out) { destination = out + lane_offset - chunk_stride; }
 
+    // The next two chunks' at once.
+    __device__ __forceinline__ void transpose(const uint32_t (&O)[2][4], uint4 (&x)[2]) const {
+        __syncwarp();
+        for (int chunk = 0; chunk < 2; ++chunk)
+            stmatrix_x4_trans(store_address + chunk * kPatchBytes, O[chunk]);
+        __syncwarp();
+        for (int chunk = 0; chunk < 2; ++chunk)
+            x[chunk] = load_shared_16_bytes(load_address + chunk * kPatchBytes);
+    }
+
     // The next chunk's output, as bf16 pairs in accumulator order, and the lane's unit of it. What comes back is for `store`, a little later.
     __device__ __forceinline__ uint4 transpose(const uint32_t (&O)[4]) const {
         __syncwarp();   // the previous chunk's patch has been read
@@ -135,6 +145,7 @@ public:
     }
 
 private:
+    static constexpr int kPatchBytes = kChunk * 16 * 2;
     int token;
     int64_t chunk_stride, lane_offset;
     uint32_t store_address, load_address;
@@ -150,35 +161,42 @@ __device__ __forceinline__ void correct(SharedStorage& smem, const Chain& chain,
     uint32_t S_b[kStateRegisters / 2];
     for (int i = 0; i < kStateRegisters / 2; ++i)
         S_b[i] = pack_bf16(S[2 * i], S[2 * i + 1]);
-    uint32_t done[2][4];   // the last piece's, of two chunks; their way out is hidden behind the next one's products
-    const auto store = [&](int left) {
-        for (int chunk = 0; chunk < 2; ++chunk)
-            writer.store(writer.transpose(done[chunk]), left - chunk * kChunk);
-    };
-    for (int left = chain.corrected; left > 0; left -= kCorrected, ++number) {
-        const Turn<kOwnStages> own(number);
-        const Stage& stage = smem.stages[own.slot];
+    uint32_t before[2][4], done[2][4];   // the next piece's outputs, of two chunks; and the last one's, on their way out
+    const auto await_piece = [&](uint32_t n) {
+        const Turn<kOwnStages> own(n);
         mbarrier_wait(smem_address(&smem.ready[own.slot]), own.parity);
+        for (int chunk = 0; chunk < 2; ++chunk)
+            ldmatrix_x4_trans(before[chunk], smem_address(&smem.stages[own.slot].g[chunk]) + v_offset(warp, lane));
+    };
+    const auto store = [&](int left) {
+        uint4 x[2];
+        writer.transpose(done, x);
+        for (int chunk = 0; chunk < 2; ++chunk)
+            writer.store(x[chunk], left - chunk * kChunk);
+    };
+    if (chain.corrected > 0)
+        await_piece(number);
+    for (int left = chain.corrected; left > 0; left -= kCorrected, ++number) {
+        const uint32_t slot = Turn<kOwnStages>(number).slot;
         float O[16];
-        for (int chunk = 0; chunk < 2; ++chunk) {
-            uint32_t before[4];
-            ldmatrix_x4_trans(before, smem_address(&stage.g[chunk]) + v_offset(warp, lane));
-            for (int i = 0; i < 4; ++i) {
-                O[8 * chunk + 2 * i] = low_bf16(before[i]) / kStateUp;
-                O[8 * chunk + 2 * i + 1] = high_bf16(before[i]) / kStateUp;
-            }
+        for (int i = 0; i < 8; ++i) {
+            O[2 * i] = low_bf16(before[i / 4][i % 4]) / kStateUp;
+            O[2 * i + 1] = high_bf16(before[i / 4][i % 4]) / kStateUp;
         }
-        const MatrixDescriptor Y = matrix_descriptor(in_sixteenths(smem_address(stage.kq)), Swizzle::k128Bytes, 0, 8 * 128);
+        const MatrixDescriptor Y = matrix_descriptor(in_sixteenths(smem_address(smem.stages[slot].kq)), Swizzle::k128Bytes, 0, 8 * 128);
         fence_operands(O);
         cute::warpgroup_arrive();
         for (int s = 0; s < kBlocks; ++s)
             wgmma<StepAtom>(O, S_b + 4 * s, Y + ((s / 4 * 2 * kHalfTileBytes + s % 4 * 32) >> 4));
         cute::warpgroup_commit_batch();
+        // Meanwhile the last piece goes out, and the next one is asked for.
         if (left < chain.corrected)
             store(kCorrected);
+        if (left > kCorrected)
+            await_piece(number + 1);
         cute::warpgroup_wait<0>();
         fence_operands(O);
-        release(own.slot);
+        release(slot);
         for (int i = 0; i < 8; ++i)
             done[i / 4][i % 4] = pack_bf16(O[2 * i] * kStateUp, O[2 * i + 1] * kStateUp);
     }
@@ -201,7 +219,7 @@ __device__ __forceinline__ void recur_chains(const KernelParams& p, SharedStorag
         uint32_t v, e, out_scale;   // of stage 0; the others follow at even distances
     };
     const auto find_places = [&](bool values) {
-        return Places{OutputWriter(smem.out[warp], static_cast<int64_t>(p.heads) * kDim, lane),
+        return Places{OutputWriter(smem.out[warp][0], static_cast<int64_t>(p.heads) * kDim, lane),
                       resident(values ? smem_address(smem.values) + v_offset(warp, lane) : smem_address(smem.zeros)),
                       resident(smem_address(smem.small[0].e[c])), resident(smem_address(smem.small[0].out_scale) + c * 8)};
     };
@@ -365,7 +383,7 @@ __device__ __forceinline__ void recur_chains(const KernelParams& p, SharedStorag
         } else if constexpr (!kSegments) {
             leave_state(*behind_span, p.workspace.ticket, rank(), S);
         } else if (chain.to == To::kM) {
-            leave_matrix(*chain.handover, p.workspace.ticket, rank(), smem.out[warp], S);
+            leave_matrix(*chain.handover, p.workspace.ticket, rank(), smem.out[warp][0], S);
         } else if (chain.to != To::kNowhere) {
             leave_state(*chain.handover, p.workspace.ticket, rank(), S);
         }

@@ -33,12 +33,12 @@ constexpr int border_of(int chunks, int unit, int units) {
     return unit == 0 ? 0 : line / units * unit + line % units * unit / units - head_start;   // in 32 bits: units are few
 }
 
-// The last segment's outputs are corrected by its own tasks, one a unit, and by the pair that finds the final state, which has so many chunks
-// less to do: what it takes to fetch, to store, and to compose with each summary.
-constexpr int kFinalChunks = 12, kCompositionChunks = 9;
+// Of two segments, the last one's outputs are corrected by its own tasks, one a unit, and by the pair that finds the final state. That one has
+// so many chunks less to do: what it takes to fetch, to compose, and to store.
+constexpr int kFinalChunks = 21;
 constexpr int final_share(int chunks, int own_tasks, int segments) {
-    const int left = chunks - own_tasks * (kFinalChunks + kCompositionChunks * (segments - 1));
-    return left > 0 ? left / (own_tasks + 1) : 0;
+    const int left = chunks - own_tasks * kFinalChunks;
+    return segments == 2 && left > 0 ? left / (own_tasks + 1) : 0;
 }
 
 // What is left behind: the state behind the first segment, B and M of each of the others.
