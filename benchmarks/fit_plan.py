@@ -29,7 +29,6 @@ from rows import Row
 LENGTHS = (512, 1024, 2048, 4096, 8192, 32768)
 HEADS = (2, 4, 8, 16, 24, 64, 96)
 SEGMENTS = (1, 2, 3, 4, 5, 7, 9, 13, 17)
-FREE = 0  # what None is to flash_kda.fwd
 CHUNK = 16
 FIT_SCALE, FIT_ROUNDS = 0.05, 30
 PARTS = tuple(part for part in report.PLAN_UNITS if part != "launch")
@@ -54,12 +53,14 @@ def measure_shape(tokens: int, heads: int, sms: int) -> Tuple[List[Dict], Dict]:
     """A point a number of segments, with what the plan makes of it and its time; and the plan's own choice."""
     p = measure.problem(Row("plan", "T%d-H%d" % (tokens, heads), heads, (tokens,)), "random")
     points = []
-    for segments in [n for n in SEGMENTS if worth_measuring(tokens, heads, n, sms)] + [FREE]:
-        plan = _C.plan(1, tokens, heads, False, segments, sms)
-        points.append({"tokens": tokens, "heads": heads, "num_segments": segments, "segments": plan.segments,
-                       "us": time_us(p, segments or None), "work": {part: getattr(plan.work, part) for part in PARTS}})
-    best, chosen = min(points, key=lambda x: x["us"]), points[-1]
-    return points, {"tokens": tokens, "heads": heads, "segments": chosen["segments"], "us": chosen["us"],
+    for segments in SEGMENTS:
+        if worth_measuring(tokens, heads, segments, sms):
+            work = _C.plan(1, tokens, heads, False, segments, sms).work
+            points.append({"tokens": tokens, "heads": heads, "segments": segments, "us": time_us(p, segments),
+                           "work": {part: getattr(work, part) for part in PARTS}})
+    best = min(points, key=lambda x: x["us"])
+    chosen = _C.plan(1, tokens, heads, False, 0, sms)  # 0: free to choose, as None is to flash_kda.fwd
+    return points, {"tokens": tokens, "heads": heads, "segments": chosen.segments, "us": time_us(p, None),
                     "best_segments": best["segments"], "best_us": best["us"]}
 
 

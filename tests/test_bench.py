@@ -528,7 +528,7 @@ def test_fit_finds_the_costs_of_which_times_are_made(fit_plan, tmp_path, monkeyp
     assert result["costs"] == pytest.approx(COSTS)
     assert list(result["costs"]) == list(report.PLAN_UNITS)
     assert all(x["fitted_us"] == pytest.approx(x["us"]) for x in result["points"])
-    assert {x["num_segments"] for x in result["points"]} == {fit_plan.FREE, *fit_plan.SEGMENTS}
+    assert {x["segments"] for x in result["points"]} == set(fit_plan.SEGMENTS)
     assert len(result["choices"]) == len(fit_plan.LENGTHS) * len(fit_plan.HEADS)
     chosen, = (x["segments"] for x in result["choices"] if (x["tokens"], x["heads"]) == (8192, 8))
     assert chosen == _C.plan(1, 8192, 8, False, 0, 132).segments > 1

@@ -133,7 +133,7 @@ def test_of_an_even_pack_no_sequence_is_cut_but_a_long_one_would_be():
 def test_costs_are_those_of_the_fit(path):
     result = json.loads(path.read_text(encoding="utf-8"))
     for point in result["points"]:
-        plan = _C.plan(1, point["tokens"], point["heads"], False, point["num_segments"], result["device"]["sm_count"])
+        plan = _C.plan(1, point["tokens"], point["heads"], False, point["segments"], result["device"]["sm_count"])
         assert plan.work.microseconds == pytest.approx(point["fitted_us"], rel=0.06)
 
 

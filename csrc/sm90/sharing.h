@@ -14,7 +14,7 @@ constexpr int kPair = 2;
 constexpr int kStateChunks = 9;   // a chain's states take as long to come and go as so many chunks do
 
 // A chain that is cut has so many tasks, each a pair's, in each of two phases: see segments.cuh. 1: it is not cut. Its tokens are one unit
-// more, each of about `least_chunks` at least.
+// more, each of at least `least_chunks`.
 constexpr int tasks_of(int chunks, int least_chunks, int most) {
     const int fit = chunks / least_chunks - 1;
     return fit < 1 ? 1 : fit < most ? fit : most;
@@ -26,12 +26,8 @@ constexpr int kSegmentUnits = 2;
 constexpr int segments_of(int tasks) { return tasks / 2 + 1; }
 constexpr int tasks_for(int segments) { return 2 * segments - 1; }
 
-// The first chunk of a unit. The first segment is a little shorter than the others, for all of them wait for the state behind it.
-constexpr int kHeadStart = 2;
-constexpr int border_of(int chunks, int unit, int units) {
-    const int head_start = chunks / units < kHeadStart ? chunks / units : kHeadStart, line = chunks + head_start;
-    return unit == 0 ? 0 : line / units * unit + line % units * unit / units - head_start;   // in 32 bits: units are few
-}
+// The first chunk of a unit. In 32 bits: units are few.
+constexpr int border_of(int chunks, int unit, int units) { return chunks / units * unit + chunks % units * unit / units; }
 
 // Of two segments, the last one's outputs are corrected by its own tasks, one a unit, and by the pair that finds the final state. That one has
 // so many chunks less to do: what it takes to fetch, to compose, and to store.
