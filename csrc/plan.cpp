@@ -77,7 +77,7 @@ Work segmented_work(const Lengths& lengths, int64_t heads, int64_t all_pairs, co
 }  // namespace
 
 double Work::microseconds() const {
-    return 5.61 + 0.487 * steps + 3.67 * summaries + 1.89 * compositions + 0.392 * corrections;
+    return 5.49 + 0.481 * steps + 3.19 * summaries + 1.94 * compositions + 0.465 * corrections;
 }
 
 Plan make_plan(int64_t num_sequences, int64_t tokens, int64_t heads, bool packed, int num_segments, int sms) {
