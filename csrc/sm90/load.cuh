@@ -45,7 +45,6 @@ __device__ __forceinline__ void load_chunks(const KernelParams& p, SharedStorage
         mbarrier_wait(smem_address(&smem.empty[own.slot]), own.parity ^ 1);   // passes in the first turn
         return own.slot;
     };
-#pragma unroll 1
     for (uint32_t n = 0; const Chain* next = await_chain(smem, n); give_back_chain(smem, n++)) {
         const Chain& chain = *next;
         if constexpr (kSharing == Sharing::kSegments) {
@@ -94,7 +93,6 @@ __device__ __forceinline__ void mail_chunks(SharedStorage& smem) {
         mbarrier_wait(smem_address(&smem.ready[own.slot]), own.parity);
         return own.slot;
     };
-#pragma unroll 1
     for (uint32_t n = 0; const Chain* next = await_chain(smem, n); give_back_chain(smem, n++)) {
         const Chain& chain = *next;
 #pragma unroll 1
@@ -145,7 +143,6 @@ __device__ __forceinline__ void load_values(const KernelParams& p, SharedStorage
     constexpr bool kOnce = kSharing == Sharing::kSpans;
     const int half = blockIdx.x % kPair;
     uint32_t number = 0;
-#pragma unroll 1
     for (uint32_t n = 0; const Chain* next = await_chain(smem, n); give_back_chain(smem, n++)) {
         const Chain& chain = *next;
         if (elect_one())

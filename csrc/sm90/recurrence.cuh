@@ -119,22 +119,15 @@ public:
     // To a chain's first token, less a chunk: `store` is called once more than there are chunks.
     __device__ __forceinline__ void seek(bf16* out) { destination = out + lane_offset - chunk_stride; }
 
-    // The next two chunks' at once.
-    __device__ __forceinline__ void transpose(const uint32_t (&O)[2][4], uint4 (&x)[2]) const {
-        __syncwarp();
-        for (int chunk = 0; chunk < 2; ++chunk)
+    // The next chunks' outputs, as bf16 pairs in accumulator order, and the lane's unit of each. What comes back is for `store`, a little later.
+    template <int kCount>
+    __device__ __forceinline__ void transpose(const uint32_t (&O)[kCount][4], uint4 (&x)[kCount]) const {
+        __syncwarp();   // what stood in the patch has been read
+        for (int chunk = 0; chunk < kCount; ++chunk)
             stmatrix_x4_trans(store_address + chunk * kPatchBytes, O[chunk]);
         __syncwarp();
-        for (int chunk = 0; chunk < 2; ++chunk)
+        for (int chunk = 0; chunk < kCount; ++chunk)
             x[chunk] = load_shared_16_bytes(load_address + chunk * kPatchBytes);
-    }
-
-    // The next chunk's output, as bf16 pairs in accumulator order, and the lane's unit of it. What comes back is for `store`, a little later.
-    __device__ __forceinline__ uint4 transpose(const uint32_t (&O)[4]) const {
-        __syncwarp();   // the previous chunk's patch has been read
-        stmatrix_x4_trans(store_address, O);
-        __syncwarp();
-        return load_shared_16_bytes(load_address);
     }
 
     // Only the first `valid` tokens.
@@ -269,7 +262,7 @@ __device__ __forceinline__ void recur_chains(const KernelParams& p, SharedStorag
             for (float& x : S)
                 x /= kStateUp;
         places.writer.seek(outputs_of(kSegments && !values ? p.Y : p.out, chain.first_row));
-        uint32_t O[4] = {};   // of the previous chunk, whose way out is hidden behind this chunk's products,
+        uint32_t O[1][4] = {};   // of the previous chunk, whose way out is hidden behind this chunk's products,
         int to_store = 0;     // and how many tokens it has
         const int chunks = __reduce_max_sync(~0u, chain.chunks());
         number = __reduce_max_sync(~0u, number);
@@ -314,7 +307,8 @@ __device__ __forceinline__ void recur_chains(const KernelParams& p, SharedStorag
                 wgmma<StepAtom>(RO, S_b + 4 * s, w + ((s / 4 * 2 * kHalfTileBytes + s % 4 * 32) >> 4));
             cute::warpgroup_commit_batch();
 
-            const uint4 out = places.writer.transpose(O);
+            uint4 out[1];
+            places.writer.transpose(O, out);
             float4 e[kDim / 16];   // loaded no sooner: the compiler would let S decay between the products
             for (int j = 0; j < kDim / 16; ++j)
                 e[j] = load_shared_float4(places.e + small + j * 16);
@@ -337,7 +331,7 @@ __device__ __forceinline__ void recur_chains(const KernelParams& p, SharedStorag
             wgmma<OutputAtom>(O_new, R, z);
             cute::warpgroup_commit_batch();
             const float2 scale_low = load_shared_float2(places.out_scale + small), scale_high = load_shared_float2(places.out_scale + small + 32);
-            places.writer.store(out, to_store);
+            places.writer.store(out[0], to_store);
             to_store = kChunk;
             ++number;
             values_number += !kSegments || values;
@@ -359,8 +353,8 @@ __device__ __forceinline__ void recur_chains(const KernelParams& p, SharedStorag
             if (!kSegments || values)
                 mbarrier_arrive(address(smem.values_empty) + values_turn.slot * 8);
             for (int i = 0; i < 2; ++i) {
-                O[i] = pack_bf16(O_new[2 * i] * scale_low.x, O_new[2 * i + 1] * scale_low.y);
-                O[2 + i] = pack_bf16(O_new[4 + 2 * i] * scale_high.x, O_new[5 + 2 * i] * scale_high.y);
+                O[0][i] = pack_bf16(O_new[2 * i] * scale_low.x, O_new[2 * i + 1] * scale_low.y);
+                O[0][2 + i] = pack_bf16(O_new[4 + 2 * i] * scale_high.x, O_new[5 + 2 * i] * scale_high.y);
             }
         };
         bool begin_there = number % kPair != static_cast<uint32_t>(rank());
@@ -373,8 +367,11 @@ __device__ __forceinline__ void recur_chains(const KernelParams& p, SharedStorag
             begin_there = false;
             step(std::false_type());
         }
-        if (chunks > 0)
-            places.writer.store(places.writer.transpose(O), min(kChunk, chain.length - (chunks - 1) * kChunk));
+        if (chunks > 0) {
+            uint4 out[1];
+            places.writer.transpose(O, out);
+            places.writer.store(out[0], min(kChunk, chain.length - (chunks - 1) * kChunk));
+        }
         if (chain.to == To::kFinalState) {
             if (!passes_through(chain))
                 for (float& x : S)

@@ -36,7 +36,6 @@ public:
     __device__ __forceinline__ void next(const KernelParams& p, Chain& chain) {
         const uint32_t lane = threadIdx.x % 32;
         Place at = place;
-#pragma unroll 1
         for (;;) {
             // A lane a sequence: how many tasks it has, and there are up to its end.
             const uint32_t sequence = at.sequence + lane;

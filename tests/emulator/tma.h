@@ -13,7 +13,8 @@ void load_box(const CUtensorMap& map, uint64_t& loaded, HalfTile& to, int row, i
     if (smem_address(&to) % alignof(HalfTile) != 0 || half + map.halves > kHalves || head < 0 || head >= map.heads)
         emulator::fail("a box that cannot be copied");
     Barrier& b = barrier(loaded);
-    emulator::races::copied(&to, nullptr, map.halves * map.tokens * kHalf * 2, &b);
+    const int bytes = map.halves * map.tokens * kHalf * 2;
+    emulator::races::copied(&to, nullptr, bytes, &b);
     emulator::races::Quiet quiet;
     for (int h = 0; h < map.halves; ++h)
         for (int t = 0; t < map.tokens; ++t)
@@ -25,7 +26,7 @@ void load_box(const CUtensorMap& map, uint64_t& loaded, HalfTile& to, int row, i
                 else
                     memset(place, 0, 16);
             }
-    b.bytes -= map.halves * map.tokens * kHalf * 2;
+    b.bytes -= bytes;
     settle(b);
 }
 
