@@ -25,7 +25,7 @@ constexpr int kStateRegisters = kHalf * kDim / kWarpgroup;   // of a recurrence 
 // Registers a thread. A launch gives every thread the same; then loaders hand most of theirs to the others. The recurrence holds a [64, 128]
 // fp32 state and its bf16 copy.
 constexpr int kLaunchRegisters = 65536 / kCtaThreads;
-constexpr int kRecurrenceRegisters = 176, kPrepareRegisters = 144, kLoadRegisters = 48;
+constexpr int kRecurrenceRegisters = 184, kPrepareRegisters = 136, kLoadRegisters = 56;
 static_assert(kRecurrenceWarps * kRecurrenceRegisters + kPrepareWarps * kPrepareRegisters + kLoadWarps * kLoadRegisters <=
               kLaunchRegisters * kCtaThreads / 32);
 

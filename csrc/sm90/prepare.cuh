@@ -43,9 +43,12 @@ public:
         const auto ones = [&](int row, int token) {   // -2^-10 at this token and the next one, where they are no later than the row
             return (token <= row ? 0x9400u : 0) | (token + 1 <= row ? 0x94000000u : 0);
         };
+        // Operands are four registers in a row. From values it knows the compiler would gather them before every use: so it gets zeros added
+        // that it does not know to be zeros.
+        const uint32_t zero = (gridDim.y - 1) * lane;
         for (int i = 0; i < 4; ++i) {
-            minus_ones[i] = resident(ones(r + i % 2 * 8, 2 * c + i / 2 * 8));
-            shift[i] = resident(static_cast<float>(kShift));
+            minus_ones[i] = ones(r + i % 2 * 8, 2 * c + i / 2 * 8) | zero * (i + 1);
+            all_minus_ones[i] = 0x94009400u | zero * (i + 5);
         }
     }
 
@@ -95,8 +98,8 @@ private:
     const uint32_t block_offset;
     // The same with the off-diagonal quarters exchanged: the register order of two mma B fragments, of rows 0-7 and of rows 8-15.
     const uint32_t turned_block_offset;
-    uint32_t minus_ones[4];   // -2^-10 on and under the diagonal of [16, 16], in fp16
-    float shift[4];           // kShift
+    uint32_t minus_ones[4];       // -2^-10 on and under the diagonal of [16, 16], in fp16,
+    uint32_t all_minus_ones[4];   // and everywhere
 
     __device__ __forceinline__ void meet() const { barrier(kTeamBarrier + team, kTeam * 32); }
 
@@ -144,12 +147,12 @@ private:
         for (int first = 0; first < kHalfBlocks; first += kAtOnce) {
             uint32_t k_block[kAtOnce][4], q_block[kAtOnce][4];
             Gates gates[kAtOnce];
-            for (int i = 0; i < kAtOnce; ++i) {   // long before they are wanted
+            for (int i = 0; i < kAtOnce; ++i)
+                gates[i] = cumulated_gates(logits[first + i], gate_offset[first + i]);
+            for (int i = 0; i < kAtOnce; ++i) {
                 ldmatrix_x4(k_block[i], k ^ (first + i) * 32);
                 ldmatrix_x4(q_block[i], (k ^ (first + i) * 32) + kHalfTileBytes);
             }
-            for (int i = 0; i < kAtOnce; ++i)
-                gates[i] = cumulated_gates(logits[first + i], gate_offset[first + i]);
             for (int i = 0; i < kAtOnce; ++i)
                 elementwise(k_block[i], q_block[i], k ^ (first + i) * 32, kr ^ (first + i) * 32, e + (first + i) * 16, gates[i],
                                       kd[first + i], L, Z, Q);
@@ -165,15 +168,14 @@ private:
     // On the tensor cores: [16, 16] ones on and under the diagonal, or everywhere, @ gate, the gates in fp16: 2^-11 of a gate, which next to
     // bf16 factors does not show.
     __device__ __forceinline__ Gates cumulated_gates(const uint32_t (&g)[4], const float (&offset)[2]) const {
-        constexpr uint32_t kMinusOne = 0x94009400, kAll[4] = {kMinusOne, kMinusOne, kMinusOne, kMinusOne};
-        constexpr float kZero[4] = {};
+        constexpr float kShifts[4] = {kShift, kShift, kShift, kShift}, kZero[4] = {};
         Gates sums;
         for (int j = 0; j < 2; ++j) {
             const auto gate = [&](float logit) { return rcp_approx(inverse_bound + exp2_approx(fmaf(gate_slope, logit, offset[j]))); };
             const auto gates = [&](uint32_t pair) { return pack_fp16(gate(low_bf16(pair)), gate(high_bf16(pair))); };
             const uint32_t early = gates(g[2 * j]), late = gates(g[2 * j + 1]);
-            mma_m16n8k16_fp16(sums.G[j], minus_ones, early, late, shift);
-            mma_m16n8k16_fp16(sums.total[j], kAll, early, late, kZero);
+            mma_m16n8k16_fp16(sums.G[j], minus_ones, early, late, kShifts);
+            mma_m16n8k16_fp16(sums.total[j], all_minus_ones, early, late, kZero);
         }
         return sums;
     }

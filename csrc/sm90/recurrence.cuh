@@ -227,6 +227,9 @@ __device__ __forceinline__ void recur_chains(const KernelParams& p, SharedStorag
     const uint32_t free_there = resident(address_in_cta(smem_address(smem.free), 1 - rank()));
     const auto release_piece = [&](uint32_t slot) { mbarrier_arrive_in_cluster(empty_here + slot * 8, true); };   // nobody there has it
 
+    // Without a bound there are no gates. And behind a branch the decay stays between the products and the wait for them: ptxas would let
+    // it sink below.
+    const bool decays = p.lower_bound < 0.0f;
     uint32_t number = 0, pieces = 0, values_number = 0;   // chunks, pieces and chunks with values so far
     float S[kStateRegisters];
     for (uint32_t n = 0; const Chain* next = await_chain(smem, n); give_back_chain(smem, n++)) {
@@ -269,31 +272,40 @@ __device__ __forceinline__ void recur_chains(const KernelParams& p, SharedStorag
         pieces = __reduce_max_sync(~0u, pieces);
         values_number = __reduce_max_sync(~0u, values_number);
 
-        // A chunk prepared here or there, and its values. To ask early whether they have come hides what the question takes.
-        const auto ready_at = [&](bool here, uint32_t n, uint32_t& parity) -> uint32_t {
-            const Turn<kOwnStages> own(n / kPair + pieces);
-            const Turn<kMailStages> mail(n / kPair);
-            parity = here ? own.parity : mail.parity;
-            return address(smem.ready) + (here ? own.slot : kOwnStages + mail.slot) * 8;
+        // Where it is said that a chunk, prepared here or there, and its values have come. To ask early hides what the question takes.
+        struct Arrival {
+            uint32_t ready, ready_parity, values_loaded, values_parity;
         };
-        bool is_ready = false, has_come = false;
-        const auto step = [&](auto prepared_here) {
+        const auto arrival = [&](bool here) {
+            const Turn<kOwnStages> own(number / kPair + pieces);
+            const Turn<kMailStages> mail(number / kPair);
+            const Turn<kValueStages> turn(values_number);
+            return Arrival{address(smem.ready) + (here ? own.slot : kOwnStages + mail.slot) * 8, here ? own.parity : mail.parity,
+                           address(smem.values_loaded) + turn.slot * 8, turn.parity};
+        };
+        const auto await = [&](const Arrival& next, bool is_ready, bool has_come) {
+            if (!has_come && (!kSegments || values))
+                mbarrier_wait(next.values_loaded, next.values_parity);
+            if (!is_ready)
+                mbarrier_wait(next.ready, next.ready_parity);
+        };
+        const uint32_t end = number + chunks;
+        const auto step = [&](auto prepared_here) {   // of a chunk that has come
             constexpr bool kHere = prepared_here;
             const Turn<kOwnStages> own(number / kPair + pieces);   // here or there
             const Turn<kMailStages> mail(number / kPair);
             const Turn<kValueStages> values_turn(values_number);
             const uint32_t slot = kHere ? own.slot : kOwnStages + mail.slot;
+            const uint32_t stage_sixteenth = stages_sixteenth + slot * (sizeof(Stage) / 16), small = slot * sizeof(SmallFactors);
+            uint32_t v[4];
+            ldmatrix_x4_trans(v, places.v + (!kSegments || values ? values_turn.slot * kHalfTileBytes : 0));
+            float4 e[kDim / 16];   // comes while S is packed: beside the products it would slow them down
+            for (int j = 0; j < kDim / 16; ++j)
+                e[j] = load_shared_float4(places.e + small + j * 16);
             uint32_t S_b[kStateRegisters / 2];
             for (int i = 0; i < kStateRegisters / 2; ++i)
                 S_b[i] = pack_bf16(S[2 * i], S[2 * i + 1]);
-            uint32_t v[4];
-            if ((!kSegments || values) && !has_come)
-                mbarrier_wait(address(smem.values_loaded) + values_turn.slot * 8, values_turn.parity);
-            ldmatrix_x4_trans(v, places.v + (!kSegments || values ? values_turn.slot * kHalfTileBytes : 0));
-            if (!is_ready)
-                mbarrier_wait(address(smem.ready) + slot * 8, kHere ? own.parity : mail.parity);
 
-            const uint32_t stage_sixteenth = stages_sixteenth + slot * (sizeof(Stage) / 16), small = slot * sizeof(SmallFactors);
             const uint32_t factors_sixteenth = small_sixteenth + small / 16;
             const MatrixDescriptor w = matrix_descriptor(stage_sixteenth + offsetof(Stage, kq) / 16, Swizzle::k128Bytes, 0, 8 * 128);
             const MatrixDescriptor kr = matrix_descriptor(stage_sixteenth + offsetof(Stage, g) / 16, Swizzle::k128Bytes, kHalfTileBytes, 8 * 128);
@@ -307,15 +319,18 @@ __device__ __forceinline__ void recur_chains(const KernelParams& p, SharedStorag
                 wgmma<StepAtom>(RO, S_b + 4 * s, w + ((s / 4 * 2 * kHalfTileBytes + s % 4 * 32) >> 4));
             cute::warpgroup_commit_batch();
 
+            ++number;
+            values_number += !kSegments || values;
+            const Arrival next = arrival(!kHere);
+            const bool is_ready = mbarrier_test(next.ready, next.ready_parity);
+            const bool has_come = mbarrier_test(next.values_loaded, next.values_parity);   // nobody looks where there are no values
+            if (decays)
+                for (int j = 0; j < kDim / 16; ++j) {
+                    float* const s = S + 8 * j;
+                    s[0] *= e[j].x, s[1] *= e[j].y, s[2] *= e[j].x, s[3] *= e[j].y, s[4] *= e[j].z, s[5] *= e[j].w, s[6] *= e[j].z, s[7] *= e[j].w;
+                }
             uint4 out[1];
             places.writer.transpose(O, out);
-            float4 e[kDim / 16];   // loaded no sooner: the compiler would let S decay between the products
-            for (int j = 0; j < kDim / 16; ++j)
-                e[j] = load_shared_float4(places.e + small + j * 16);
-            for (int j = 0; j < kDim / 16; ++j) {
-                float* const s = S + 8 * j;
-                s[0] *= e[j].x, s[1] *= e[j].y, s[2] *= e[j].x, s[3] *= e[j].y, s[4] *= e[j].z, s[5] *= e[j].w, s[6] *= e[j].z, s[7] *= e[j].w;
-            }
             fence_operands(S);   // before, not after, the wait
             cute::warpgroup_wait<0>();
             fence_operands(RO);
@@ -333,13 +348,8 @@ __device__ __forceinline__ void recur_chains(const KernelParams& p, SharedStorag
             const float2 scale_low = load_shared_float2(places.out_scale + small), scale_high = load_shared_float2(places.out_scale + small + 32);
             places.writer.store(out[0], to_store);
             to_store = kChunk;
-            ++number;
-            values_number += !kSegments || values;
-            uint32_t parity;
-            const uint32_t next_ready = ready_at(!kHere, number, parity);
-            is_ready = mbarrier_test(next_ready, parity);
-            const Turn<kValueStages> next_values(values_number);
-            has_come = (!kSegments || values) && mbarrier_test(address(smem.values_loaded) + next_values.slot * 8, next_values.parity);
+            if (number != end)
+                await(next, is_ready, has_come);
             cute::warpgroup_wait<0>();
             fence_operands(S);
             fence_operands(O_new);
@@ -358,14 +368,14 @@ __device__ __forceinline__ void recur_chains(const KernelParams& p, SharedStorag
             }
         };
         bool begin_there = number % kPair != static_cast<uint32_t>(rank());
-        for (int left = chunks; left > 0; --left) {   // by turns
-            if (!begin_there) {
+        if (chunks > 0)
+            await(arrival(!begin_there), false, false);
+        while (number != end) {   // by turns
+            if (!begin_there)
                 step(std::true_type());
-                if (--left == 0)
-                    break;
-            }
             begin_there = false;
-            step(std::false_type());
+            if (number != end)
+                step(std::false_type());
         }
         if (chunks > 0) {
             uint4 out[1];

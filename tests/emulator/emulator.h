@@ -78,7 +78,7 @@ constexpr int kSharedBytes = 227 * 1024, kWarp = 32;
 [[noreturn]] inline void fail(const std::string& what) { throw std::runtime_error(what); }
 
 struct Index {
-    uint32_t x;
+    uint32_t x, y = 1;
 };
 
 struct Warp {
