@@ -155,7 +155,7 @@ private:
             }
             for (int i = 0; i < kAtOnce; ++i)
                 elementwise(k_block[i], q_block[i], k ^ (first + i) * 32, kr ^ (first + i) * 32, e + (first + i) * 16, gates[i],
-                                      kd[first + i], L, Z, Q);
+                            kd[first + i], L, Z, Q);
         }
     }
 
