@@ -77,7 +77,7 @@ Work segmented_work(const Lengths& lengths, int64_t heads, int64_t all_pairs, co
 }  // namespace
 
 double Work::microseconds() const {
-    return 6.23 + 0.471 * steps + 2.89 * summaries + 1.98 * compositions + 0.35 * corrections;
+    return 5.93 + 0.468 * steps + 2.26 * summaries + 1.63 * compositions + 0.353 * corrections;
 }
 
 Plan make_plan(int64_t num_sequences, int64_t tokens, int64_t heads, bool packed, int num_segments, int sms) {

@@ -259,7 +259,7 @@ RACES = {
     "the other CTA's stages not waited for": (("load.cuh", "            mbarrier_wait(smem_address(&smem.free[mail.slot]), mail.parity ^ 1);   // passes in the first turn\n", ""), ""),
     "values not waited for": (("load.cuh", "            mbarrier_wait(smem_address(&smem.values_empty[turn.slot]), turn.parity ^ 1);\n", ""), ""),
     "no proxy fence": (("prepare.cuh", "            fence_async_proxy();\n", ""), "no proxy fence"),
-    "no proxy fence before summaries": (("segments.cuh", "    fence_async_proxy_everywhere();\n", ""), "no proxy fence"),
+    "no proxy fence before summaries": (("segments.cuh", "    fence_async_proxy_global();\n", ""), "no proxy fence"),
     "a state left too early": (("recurrence.cuh", "    __syncwarp();   // a release is for all that the warp has written\n", ""), "a read after a write.* the workspace"),
 }
 

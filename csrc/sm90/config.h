@@ -15,11 +15,13 @@ constexpr int kBlocks = kDim / 16;   // of 16 channels, the K of an mma
 
 // Roles of a CTA's warps, in this order. The recurrence splits V: rows of the state never mix, so each CTA of a pair has its half of a
 // chain's state, in one warpgroup. Both halves want the same factors: the CTAs prepare chunks in turn, and each mails what it prepares to
-// the other one. Prepare is two warps a chunk, a half of the key channels each. Loaders are single warps.
+// the other one. Prepare is two warps a chunk, a half of the key channels each. Loaders are single warps, and one of their warpgroup is idle.
 constexpr int kWarpgroup = 128;
 constexpr int kRecurrenceWarps = 4, kPrepareWarps = 8, kLoadWarps = 4;
 constexpr int kCtaThreads = (kRecurrenceWarps + kPrepareWarps + kLoadWarps) * 32;
 constexpr int kTeam = kHalves, kTeams = kPrepareWarps / kTeam;
+constexpr int kTeamBarrier = 1;   // the first of the teams' named ones,
+constexpr int kInitBarrier = kTeamBarrier + kTeams, kInitThreads = 64;   // and one for the warp that initialises mbarriers and the one that loads chunks
 constexpr int kStateRegisters = kHalf * kDim / kWarpgroup;   // of a recurrence thread
 
 // Registers a thread. A launch gives every thread the same; then loaders hand most of theirs to the others. The recurrence holds a [64, 128]
@@ -33,6 +35,7 @@ static_assert(kRecurrenceWarps * kRecurrenceRegisters + kPrepareWarps * kPrepare
 // both. Powers of two: a chunk's places follow from its number.
 constexpr int kOwnStages = 8, kMailStages = 4, kStages = kOwnStages + kMailStages, kValueStages = 8;
 constexpr int kChains = 16;   // scheduled ahead
+constexpr int kFirstChunks = 2;   // asked for at once when a launch begins: the others wait for the first one
 constexpr int kCorrected = 2 * kChunk;   // tokens whose outputs are corrected at once: a stage takes so many
 
 // Powers of two that keep products as small as e^-80 and as large as e^80 inside bf16 and fp32, whatever sensible length keys, values

@@ -21,7 +21,7 @@ __device__ __forceinline__ void init_barriers(SharedStorage& smem) {
             mbarrier_init(barriers[i], arrivals);
     };
     init(smem.chains_ready, kChains, 32);
-    init(smem.chains_empty, kChains, kCtaThreads - 32);
+    init(smem.chains_empty, kChains, (kRecurrenceWarps + kPrepareWarps + 2) * 32);
     init(smem.loaded, kOwnStages, 1);
     init(smem.ready, kOwnStages, kTeam * 32);
     init(smem.ready + kOwnStages, kMailStages, 1);
@@ -32,11 +32,11 @@ __device__ __forceinline__ void init_barriers(SharedStorage& smem) {
     fence_mbarrier_init();
 }
 
-// For what stays zero: half of t, a quarter of minus_t.
+// For what stays zero: half of t, a quarter of minus_t. Called by all warps but the loading ones.
 template <class T, int kCount>
 __device__ inline void clear(T (&to)[kCount]) {
     static_assert(sizeof(to) % sizeof(uint4) == 0);
-    for (int i = threadIdx.x; i < static_cast<int>(sizeof(to) / sizeof(uint4)); i += kCtaThreads)
+    for (int i = threadIdx.x; i < static_cast<int>(sizeof(to) / sizeof(uint4)); i += kCtaThreads - kLoadWarps * 32)
         reinterpret_cast<uint4*>(to)[i] = {};
     fence_async_proxy();
 }
@@ -45,8 +45,14 @@ template <Sharing kSharing>
 __global__ void __launch_bounds__(kCtaThreads, 1) fwd_kernel(const __grid_constant__ KernelParams p) {
     static_assert(sizeof(SharedStorage) <= 227 * 1024);
     auto& smem = *static_cast<SharedStorage*>(dynamic_shared_memory());
-    if (threadIdx.x == 0)
-        init_barriers(smem);
+    constexpr int kLoader = kRecurrenceWarps + kPrepareWarps;   // the first of the loading warps
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);   // the compiler sees that lanes agree
+    if (warp == 0) {
+        if (threadIdx.x == 0)
+            init_barriers(smem);
+        __syncwarp();
+        barrier_arrive(kInitBarrier, kInitThreads);
+    }
     if (threadIdx.x == 32 && p.tokens > 0) {
         prefetch_map(p.g);
         prefetch_map(p.k);
@@ -57,16 +63,17 @@ __global__ void __launch_bounds__(kCtaThreads, 1) fwd_kernel(const __grid_consta
             prefetch_map(p.Y_map);
         }
     }
-    clear(smem.small);
-    clear(smem.scratch);
-    clear(smem.zeros);
+    if (warp < kLoader) {
+        clear(smem.small);
+        clear(smem.scratch);
+        clear(smem.zeros);
+    }
     if constexpr (kSharing == Sharing::kSpans) {
         find_span(p, smem.span);
         __syncthreads();
     }
-    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);   // the compiler sees that lanes agree
-    if (warp != kCtaThreads / 32 - 1)
-        sync_cluster();   // schedule finds the first chain before
+    if (warp != kLoader)
+        sync_cluster();   // that one asks for the first chunks meanwhile
     if (warp < kRecurrenceWarps) {
         take_registers<kRecurrenceRegisters>();
         recur_chains<kSharing>(p, smem);
@@ -75,15 +82,12 @@ __global__ void __launch_bounds__(kCtaThreads, 1) fwd_kernel(const __grid_consta
         prepare_chunks(p, smem, warp - kRecurrenceWarps);
     } else {
         give_back_registers<kLoadRegisters>();
-        const int load_warp = warp - kRecurrenceWarps - kPrepareWarps;
-        if (load_warp == 0)
+        if (warp == kLoader)
             load_chunks<kSharing>(p, smem);
-        else if (load_warp == 1)
+        else if (warp == kLoader + 1)
             load_values<kSharing>(p, smem);
-        else if (load_warp == 2)
+        else if (warp == kLoader + 2)
             mail_chunks(smem);
-        else
-            schedule_chains<std::conditional_t<kSharing == Sharing::kSegments, SegmentWalk, SpanWalk>>(p, smem);
     }
     sync_cluster();   // the other CTA may still speak to this one's shared memory
 }

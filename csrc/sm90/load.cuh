@@ -2,6 +2,8 @@
 // over chunks and pieces stay rolled up, as schedule's do: code that comes from afar is waited for by all others.
 #pragma once
 
+#include <type_traits>
+
 #include "kernel_params.h"
 #include "ptx.h"
 #include "ring.h"
@@ -35,52 +37,61 @@ __device__ __forceinline__ void load_correction_piece(const KernelParams& p, con
     load_box<false>(p.out_map, ready, stage.g[0], row, blockIdx.x % kPair, head);
 }
 
-// What this CTA prepares: every other chunk, counted through all its chains; and pieces, of its half of the state.
+// When a launch begins there is room for more than the memory fills before the first step could begin. So but for kFirstChunks nothing is asked for
+// before the first of them is there, which all wait for. To be called while its stage cannot have been filled again: by whoever fills it, or has
+// what the recurrence needs before it can take that chunk.
+__device__ __forceinline__ void await_first_chunk(SharedStorage& smem) { mbarrier_wait(smem_address(&smem.loaded[0]), 0); }
+
+// What this CTA prepares: every other chunk, counted through all its chains; and pieces, of its half of the state. The warp that finds the chains:
+// the first chunk of a launch is on its way before the CTAs have met.
 template <Sharing kSharing>
 __device__ __forceinline__ void load_chunks(const KernelParams& p, SharedStorage& smem) {
+    std::conditional_t<kSharing == Sharing::kSegments, SegmentWalk, SpanWalk> walk(smem.span);
     const uint32_t rank = blockIdx.x % kPair;
     uint32_t number = 0, pieces = 0, begun = 0;   // of the chunks that this CTA prepares; of pieces; chunks of both CTAs before this chain
-    const auto await_stage = [&]() -> uint32_t {
-        const Turn<kOwnStages> own(number + pieces);
+    const auto await_stage = [&](int ahead) -> uint32_t {   // so many behind the next one
+        const Turn<kOwnStages> own(number + pieces + ahead);
         mbarrier_wait(smem_address(&smem.empty[own.slot]), own.parity ^ 1);   // passes in the first turn
         return own.slot;
     };
-    for (uint32_t n = 0; const Chain* next = await_chain(smem, n); give_back_chain(smem, n++)) {
+    for (uint32_t n = 0; const Chain* next = find_chain(p, smem, walk, n); ++n) {
         const Chain& chain = *next;
         if constexpr (kSharing == Sharing::kSegments) {
             const auto load_pieces = [&](int count, auto load) {
+                if (elect_one())
 #pragma unroll 1
-                for (int piece = 0; piece < count; ++piece, ++pieces) {
-                    const uint32_t slot = await_stage();
-                    if (elect_one())
+                    for (int piece = 0; piece < count; ++piece) {
+                        const uint32_t slot = await_stage(piece);
                         load(piece, smem.stages[slot], smem.ready[slot]);
-                }
+                    }
+                __syncwarp();
+                pieces += count;
             };
             const uint64_t ticket = p.workspace.ticket;
-            const int composed = chain.compositions, own = composed + 1;
-            if (composed > 0) {
-                await_summaries(chain, ticket, 1, composed);
+            const int composed = chain.compositions, last = composed + (chain.corrected > 0);   // its own, to be corrected
+            if (last > 0) {
+                await_summaries(chain, ticket, last);
                 load_pieces(composed * kSummaryPieces, [&](int piece, Stage& stage, uint64_t& ready) {
                     load_summary_piece(chain, 1 + piece / kSummaryPieces, piece % kSummaryPieces, stage, ready);
                 });
-            }
-            if (chain.corrected > 0) {
-                await_summaries(chain, ticket, own, own);
                 load_pieces(correction_pieces(chain), [&](int piece, Stage& stage, uint64_t& ready) {
                     load_correction_piece(p, chain, piece, stage, ready);
                 });
+                count_fetches(chain, ticket, last);   // takes long: not before all is asked for
             }
-            count_fetches(chain, ticket, 1, chain.corrected > 0 ? own : composed);   // takes long: not before all is asked for
         }
         const int chunks = chain.chunks();
 #pragma unroll 1
         for (int chunk = (begun ^ rank) & 1; chunk < chunks; chunk += kPair, ++number) {
-            const uint32_t slot = await_stage();
+            if (n == 0 && number == kFirstChunks)
+                await_first_chunk(smem);
+            const uint32_t slot = await_stage(0);
             if (elect_one())
                 load_chunk<kSharing>(p, chain, chunk, smem.stages[slot], smem.loaded[number % kOwnStages]);
         }
         begun += chunks;
     }
+    wait_for_cluster();
 }
 
 // What is prepared here, for the other CTA of the pair: once it is ready here, and there is room there.
@@ -149,6 +160,8 @@ __device__ __forceinline__ void load_values(const KernelParams& p, SharedStorage
             prefetch_state(p, chain);
         if (!has_values(chain))
             continue;
+        if (n == 0 && chain.chunks() > kPair * kFirstChunks)
+            await_first_chunk(smem);
         const int chunks = chain.chunks();
 #pragma unroll 1
         for (int chunk = 0; chunk < chunks; ++chunk, ++number) {

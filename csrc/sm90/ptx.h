@@ -112,6 +112,9 @@ __device__ __forceinline__ T resident(T x) {
 // Among so many threads, by whole warps.
 __device__ __forceinline__ void barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
+// The same without waiting.
+__device__ __forceinline__ void barrier_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
 // ---- the CTAs of a cluster
 
 // The address, as the cluster knows it, of what lies at `address` in the CTA of this rank.
@@ -121,9 +124,12 @@ __device__ __forceinline__ uint32_t address_in_cta(uint32_t address, int rank) {
     return d;
 }
 
-// __syncthreads for all threads of all its CTAs.
+// __syncthreads for all threads of all its CTAs, in two halves.
+__device__ __forceinline__ void arrive_at_cluster() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wait_for_cluster() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
 __device__ __forceinline__ void sync_cluster() {
-    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+    arrive_at_cluster();
+    wait_for_cluster();
 }
 
 // Arrivals that say that this thread has read, or is about to copy: no write of its own goes with them, for which they would have to wait.
@@ -151,8 +157,8 @@ __device__ __forceinline__ void bulk_push(uint32_t to, const void* from, int byt
 
 // ---- global memory between CTAs
 
-// Orders what this thread knows to have been written, wherever, before later reads by the copy engine.
-__device__ __forceinline__ void fence_async_proxy_everywhere() { asm volatile("fence.proxy.async;" ::: "memory"); }
+// Orders what this thread knows to have been written in global memory before later reads by the copy engine.
+__device__ __forceinline__ void fence_async_proxy_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 // Contiguous bytes from global to shared memory by the copy engine, counted for `loaded`. Called by one thread.
 __device__ __forceinline__ void bulk_load(void* to, const void* from, int bytes, uint64_t& loaded) {
@@ -166,10 +172,9 @@ __device__ __forceinline__ void bulk_prefetch(const void* from, int bytes) {
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
 
-__device__ __forceinline__ uint64_t atomic_add(uint64_t* p, uint64_t x) {
-    uint64_t before;
-    asm volatile("atom.add.relaxed.gpu.global.u64 %0, [%1], %2;" : "=l"(before) : "l"(p), "l"(x) : "memory");
-    return before;
+// Counts up to `last`, and then from zero again. Nothing waits for it.
+__device__ __forceinline__ void atomic_count(uint32_t* p, uint32_t last) {
+    asm volatile("red.inc.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(last) : "memory");
 }
 
 // threadIdx.x, read anew: what is seldom made of it need not be kept in registers meanwhile.

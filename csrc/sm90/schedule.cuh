@@ -189,28 +189,25 @@ private:
     }
 };
 
-// By one warp, for all others, which wait for it at the cluster's barrier: meanwhile it has found the first chain.
+// Finds the n-th chain, for all warps; null behind the last one. By all lanes of the warp that is first to want it; the compiler sees that they
+// agree. The first chain is found while the mbarriers are still being initialised, and before that warp arrives at the cluster's barrier.
 template <class Walk, class Shared>
-__device__ __forceinline__ void schedule_chains(const KernelParams& p, Shared& smem) {
-    Walk walk(smem.span);
-#pragma unroll 1
-    for (uint32_t n = 0;; ++n) {
-        const Turn<kChains> turn(n);
-        if (n > 0)
-            mbarrier_wait(smem_address(&smem.chains_empty[turn.slot]), turn.parity ^ 1);   // passes in the first turn
-        Chain& chain = smem.chains[turn.slot];
-        walk.next(p, chain);
-        __syncwarp();
-        const bool done = chain.done;
-        if (n == 0)
-            sync_cluster();
-        mbarrier_arrive(smem_address(&smem.chains_ready[turn.slot]));
-        if (done)
-            return;
+__device__ __forceinline__ const Chain* find_chain(const KernelParams& p, Shared& smem, Walk& walk, uint32_t n) {
+    const Turn<kChains> turn(n);
+    if (n > 0)
+        mbarrier_wait(smem_address(&smem.chains_empty[turn.slot]), turn.parity ^ 1);   // passes in the first turn
+    Chain& chain = smem.chains[turn.slot];
+    walk.next(p, chain);
+    __syncwarp();
+    if (n == 0) {
+        barrier(kInitBarrier, kInitThreads);
+        arrive_at_cluster();   // whether there is a chain or not
     }
+    mbarrier_arrive(smem_address(&smem.chains_ready[turn.slot]));
+    return __any_sync(~0u, chain.done) ? nullptr : &chain;
 }
 
-// The n-th chain, or null behind the last one. By all lanes of all warps but the one that schedules; the compiler sees that they agree.
+// The same chain, for the other warps.
 template <class Shared>
 __device__ __forceinline__ const Chain* await_chain(Shared& smem, uint32_t n) {
     const Turn<kChains> turn(n);

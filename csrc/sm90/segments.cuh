@@ -46,8 +46,9 @@ public:
             const uint32_t each = summaries && tasks == 1 ? 0 : tasks;   // of a head
             const Counts own = {heads * each, heads * handovers_of(tasks)};
             Counts until = own;
+            const int with_tasks = min(p.num_sequences, 32u);   // lanes
 #pragma unroll 1
-            for (int d = 1; d < 32; d *= 2) {
+            for (int d = 1; d < with_tasks; d *= 2) {
                 const uint32_t x = __shfl_up_sync(~0u, until.tasks, d), y = __shfl_up_sync(~0u, until.handovers, d);
                 if (lane >= d) {
                     until.tasks += x;
@@ -157,10 +158,9 @@ __device__ __forceinline__ void await_left(uint64_t* left, uint64_t ticket) {
     }
 }
 
-// Counts how often that was: the last of all fetches takes the ticket away, for a graph's next replay has the same one.
+// Counts how often that was, in the ticket's lower half: the last of all fetches takes that away, for a graph's next replay has the same ticket.
 __device__ __forceinline__ void count_fetch(uint64_t* left, uint64_t ticket, int fetches) {
-    if (atomic_add(left, 1) + 1 == ticket + fetches)
-        *left = 0;
+    atomic_count(reinterpret_cast<uint32_t*>(left), static_cast<uint32_t>(ticket) + fetches - 1);
 }
 
 // M, whose rows are those of the state, in blocks of 16 rows, a warp's own, each as its bf16 part and what that lacks, both as
@@ -220,14 +220,14 @@ __device__ __forceinline__ Handover* summary_of(const Chain& chain, int segment)
 // Who wants them: its own units, to be corrected, and what comes after these.
 __device__ __forceinline__ int fetches_of(const Chain& chain, int segment) { return chain.readers - kSegmentUnits * (segment - 1); }
 
-// Of these segments, the part that each warp leaves of a summary, and of what it read, and that this CTA wants, by a lane each; `does` gets
-// the word and how often the part is fetched.
+// Of the segments up to this one, the part that each warp leaves of a summary, and of what it read, and that this CTA wants, by a lane each; `does`
+// gets the word and how often the part is fetched.
 template <class Does>
-__device__ __forceinline__ void for_each_part(const Chain& chain, int first, int last, Does does) {
+__device__ __forceinline__ void for_each_part(const Chain& chain, int last, Does does) {
     constexpr int kWarps = 4, kParts = kWarps + kHalves * kWarps;
 #pragma unroll 1   // a loading warp has few registers
-    for (int i = threadIdx.x % 32; i < (last - first + 1) * kParts; i += 32) {
-        const int segment = first + i / kParts, part = i % kParts, fetches = fetches_of(chain, segment);
+    for (int i = threadIdx.x % 32; i < last * kParts; i += 32) {
+        const int segment = 1 + i / kParts, part = i % kParts, fetches = fetches_of(chain, segment);
         Handover* const summary = summary_of(chain, segment);
         if (part < kWarps)
             does(&summary[0].left[blockIdx.x % kPair * kWarps + part], fetches);
@@ -237,14 +237,14 @@ __device__ __forceinline__ void for_each_part(const Chain& chain, int first, int
 }
 
 // Until the summaries are there. Called by all lanes.
-__device__ __forceinline__ void await_summaries(const Chain& chain, uint64_t ticket, int first, int last) {
-    for_each_part(chain, first, last, [&](uint64_t* left, int) { await_left(left, ticket); });
+__device__ __forceinline__ void await_summaries(const Chain& chain, uint64_t ticket, int last) {
+    for_each_part(chain, last, [&](uint64_t* left, int) { await_left(left, ticket); });
     __syncwarp();
-    fence_async_proxy_everywhere();
+    fence_async_proxy_global();
 }
 
-__device__ __forceinline__ void count_fetches(const Chain& chain, uint64_t ticket, int first, int last) {
-    for_each_part(chain, first, last, [&](uint64_t* left, int fetches) { count_fetch(left, ticket, fetches); });
+__device__ __forceinline__ void count_fetches(const Chain& chain, uint64_t ticket, int last) {
+    for_each_part(chain, last, [&](uint64_t* left, int fetches) { count_fetch(left, ticket, fetches); });
 }
 
 // In place of a team.

@@ -62,8 +62,8 @@ struct SharedStorage {
     alignas(16) uint32_t zeros[4];      // instead of values, where there are none
 
     // Who waits is named last. All lanes of a warp arrive that have read or written what is handed over; of a copy, the thread that asks for it.
-    uint64_t chains_ready[kChains];      // schedule -> all others
-    uint64_t chains_empty[kChains];      // all others -> schedule
+    uint64_t chains_ready[kChains];      // load -> all others
+    uint64_t chains_empty[kChains];      // all others -> load
     uint64_t loaded[kOwnStages];         // copy engine -> prepare
     uint64_t ready[kStages];             // prepare -> recurrence, mail; copy engine, from the other CTA or with pieces -> recurrence
     uint64_t empty[kOwnStages];          // recurrence; that of the other CTA, a lane a warp, or mail -> load

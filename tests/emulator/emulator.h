@@ -107,6 +107,7 @@ struct Thread {
     Index index;
     bool finished = false;
     const char* waits_for = nullptr;
+    uint64_t meeting;   // of the cluster, at which it has arrived
     ucontext_t context;
     std::vector<char> stack;
 };
@@ -152,24 +153,37 @@ inline void sync_warp() {
     together("syncwarp", nullptr, [](void**) { races::meet_warp(); });
 }
 
+// Returns what is to be waited for.
 template <class Meeting>
-void meet(Meeting& at, int threads) {
+uint64_t arrive_at(Meeting& at, int threads) {
     races::arrive(&at);
-    if (++at.arrived < threads) {
-        const uint64_t before = at.done;
-        wait_until("syncthreads", [&] { return at.done != before; });
-    } else {
+    const uint64_t before = at.done;
+    if (++at.arrived == threads) {
         races::complete(&at);
         at.arrived = 0;
         ++at.done;
         ++progress;
     }
+    return before;
+}
+
+template <class Meeting>
+void wait_at(Meeting& at, uint64_t before) {
+    wait_until("syncthreads", [&] { return at.done != before; });
     races::pass(&at);
+}
+
+template <class Meeting>
+void meet(Meeting& at, int threads) {
+    wait_at(at, arrive_at(at, threads));
 }
 
 inline void sync_cta() { meet(*current->cta, current->cta->threads); }
 
-inline void sync_cluster() { meet(current->cta->cluster[0]->meeting, current->cta->threads * current->cta->cluster.size()); }
+inline void arrive_at_cluster() {
+    current->meeting = arrive_at(current->cta->cluster[0]->meeting, current->cta->threads * current->cta->cluster.size());
+}
+inline void wait_for_cluster() { wait_at(current->cta->cluster[0]->meeting, current->meeting); }
 
 template <class T>
 T shuffle(T x, int from) {

@@ -86,7 +86,7 @@ inline bool elect_one() {
 }
 
 inline void fence_async_proxy() { emulator::races::fence(); }
-inline void fence_async_proxy_everywhere() { emulator::races::fence(); }
+inline void fence_async_proxy_global() { emulator::races::fence(); }
 
 template <class T>
 T resident(T x) {
@@ -96,6 +96,7 @@ T resident(T x) {
 inline int thread_index() { return threadIdx.x; }
 
 inline void barrier(int id, int threads) { emulator::meet(emulator::current->cta->named[id], threads); }
+inline void barrier_arrive(int id, int threads) { emulator::arrive_at(emulator::current->cta->named[id], threads); }
 
 inline void bulk_copy(void* to, const void* from, int bytes, Barrier& landed) {
     emulator::races::copied(to, from, bytes, &landed);
@@ -116,7 +117,12 @@ inline void bulk_load(void* to, const void* from, int bytes, uint64_t& loaded) {
 
 inline uint32_t address_in_cta(uint32_t address, int rank) { return address % emulator::kWindow + rank * emulator::kWindow; }
 
-inline void sync_cluster() { emulator::sync_cluster(); }
+inline void arrive_at_cluster() { emulator::arrive_at_cluster(); }
+inline void wait_for_cluster() { emulator::wait_for_cluster(); }
+inline void sync_cluster() {
+    arrive_at_cluster();
+    wait_for_cluster();
+}
 
 inline Barrier& barrier_in_cluster(uint32_t bar) { return barrier(emulator::shared_in_cluster(bar, 8, 8)); }
 
@@ -149,10 +155,9 @@ inline void store_release(uint64_t* p, uint64_t x) {
     ++emulator::progress;
 }
 
-inline uint64_t atomic_add(uint64_t* p, uint64_t x) {
+inline void atomic_count(uint32_t* p, uint32_t last) {
     ++emulator::progress;
-    *p += x;
-    return *p - x;
+    *p = *p >= last ? 0 : *p + 1;
 }
 
 // ---- single loads and stores
