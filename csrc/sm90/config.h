@@ -20,8 +20,6 @@ constexpr int kWarpgroup = 128;
 constexpr int kRecurrenceWarps = 4, kPrepareWarps = 8, kLoadWarps = 4;
 constexpr int kCtaThreads = (kRecurrenceWarps + kPrepareWarps + kLoadWarps) * 32;
 constexpr int kTeam = kHalves, kTeams = kPrepareWarps / kTeam;
-constexpr int kTeamBarrier = 1;   // the first of the teams' named ones,
-constexpr int kInitBarrier = kTeamBarrier + kTeams, kInitThreads = 64;   // and one for the warp that initialises mbarriers and the one that loads chunks
 constexpr int kStateRegisters = kHalf * kDim / kWarpgroup;   // of a recurrence thread
 
 // Registers a thread. A launch gives every thread the same; then loaders hand most of theirs to the others. The recurrence holds a [64, 128]

@@ -47,12 +47,26 @@ __global__ void __launch_bounds__(kCtaThreads, 1) fwd_kernel(const __grid_consta
     auto& smem = *static_cast<SharedStorage*>(dynamic_shared_memory());
     constexpr int kLoader = kRecurrenceWarps + kPrepareWarps;   // the first of the loading warps
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);   // the compiler sees that lanes agree
-    if (warp == 0) {
-        if (threadIdx.x == 0)
-            init_barriers(smem);
-        __syncwarp();
-        barrier_arrive(kInitBarrier, kInitThreads);
+    if constexpr (kSharing == Sharing::kSpans) {
+        find_span(p, smem.span);
+        __syncthreads();
     }
+    // Each role meets the cluster before it looks at a barrier. A CTA ends when all that the other one says to it has been said: its loading warps
+    // see to that.
+    if (warp >= kLoader) {
+        give_back_registers<kLoadRegisters>();
+        if (warp == kLoader)
+            load_chunks<kSharing>(p, smem);
+        else if (warp == kLoader + 1)
+            load_values<kSharing>(p, smem);
+        else if (warp == kLoader + 2)
+            mail_chunks(smem);
+        else
+            meet_cluster();
+        return;
+    }
+    if (threadIdx.x == 0)
+        init_barriers(smem);
     if (threadIdx.x == 32 && p.tokens > 0) {
         prefetch_map(p.g);
         prefetch_map(p.k);
@@ -63,33 +77,16 @@ __global__ void __launch_bounds__(kCtaThreads, 1) fwd_kernel(const __grid_consta
             prefetch_map(p.Y_map);
         }
     }
-    if (warp < kLoader) {
-        clear(smem.small);
-        clear(smem.scratch);
-        clear(smem.zeros);
-    }
-    if constexpr (kSharing == Sharing::kSpans) {
-        find_span(p, smem.span);
-        __syncthreads();
-    }
-    if (warp != kLoader)
-        sync_cluster();   // that one asks for the first chunks meanwhile
+    clear(smem.small);
+    clear(smem.scratch);
+    clear(smem.zeros);
     if (warp < kRecurrenceWarps) {
         take_registers<kRecurrenceRegisters>();
         recur_chains<kSharing>(p, smem);
-    } else if (warp < kRecurrenceWarps + kPrepareWarps) {
+    } else {
         take_registers<kPrepareRegisters>();
         prepare_chunks(p, smem, warp - kRecurrenceWarps);
-    } else {
-        give_back_registers<kLoadRegisters>();
-        if (warp == kLoader)
-            load_chunks<kSharing>(p, smem);
-        else if (warp == kLoader + 1)
-            load_values<kSharing>(p, smem);
-        else if (warp == kLoader + 2)
-            mail_chunks(smem);
     }
-    sync_cluster();   // the other CTA may still speak to this one's shared memory
 }
 
 }  // namespace flash_kda::sm90

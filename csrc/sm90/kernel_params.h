@@ -3,6 +3,7 @@
 
 #include <cuda.h>
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 
 #include <cstdint>
 
@@ -14,7 +15,7 @@ namespace flash_kda::sm90 {
 struct Handover {
     union {
         float4 state[kHalves][kHalf * kDim / kWarpgroup / 4][kWarpgroup];
-        __nv_bfloat16 matrix[kBlocks][2][kHalves][16 * kHalf];   // or a segment's M: see segments.cuh
+        __half matrix[kBlocks][kHalves][16 * kHalf];   // or a segment's M: see segments.cuh
     };
     uint64_t left[kHalves * 4];   // the ticket, once a warp has left its part, and one more for each fetch of it
 };

@@ -91,7 +91,8 @@ __device__ __forceinline__ void load_chunks(const KernelParams& p, SharedStorage
         }
         begun += chunks;
     }
-    wait_for_cluster();
+    for (int ahead = 0; ahead < kOwnStages; ++ahead)   // until all stages have been given back, from both CTAs
+        await_stage(ahead);
 }
 
 // What is prepared here, for the other CTA of the pair: once it is ready here, and there is room there.
@@ -104,11 +105,18 @@ __device__ __forceinline__ void mail_chunks(SharedStorage& smem) {
         mbarrier_wait(smem_address(&smem.ready[own.slot]), own.parity);
         return own.slot;
     };
+    const auto await_room = [&](int ahead) -> uint32_t {   // so many behind the next one
+        const Turn<kMailStages> mail(number + ahead);
+        mbarrier_wait(smem_address(&smem.free[mail.slot]), mail.parity ^ 1);   // passes in the first turn
+        return mail.slot;
+    };
+    meet_cluster();
     for (uint32_t n = 0; const Chain* next = await_chain(smem, n); give_back_chain(smem, n++)) {
         const Chain& chain = *next;
 #pragma unroll 1
         for (int left = pieces_of(chain); left > 0; --left, ++pieces) {   // not to be mailed, but every turn must be seen,
-            const uint32_t slot = await_stage();                          // and must not be over before it is
+            const uint32_t slot = await_stage();                          // by every lane, and must not be over before it is
+            __syncwarp();
             if (threadIdx.x % 32 < kRecurrenceWarps)
                 mbarrier_arrive(smem_address(&smem.empty[slot]));   // in place of the other CTA
         }
@@ -116,10 +124,9 @@ __device__ __forceinline__ void mail_chunks(SharedStorage& smem) {
 #pragma unroll 1
         for (int chunk = (begun ^ rank) & 1; chunk < chunks; chunk += kPair, ++number) {
             const uint32_t slot = await_stage();
-            const Turn<kMailStages> mail(number);
-            mbarrier_wait(smem_address(&smem.free[mail.slot]), mail.parity ^ 1);   // passes in the first turn
+            const uint32_t to = kOwnStages + await_room(0);
             if (elect_one()) {
-                const uint32_t to = kOwnStages + mail.slot, landed = there(&smem.ready[to]);
+                const uint32_t landed = there(&smem.ready[to]);
                 const auto push = [&](const auto& here, const auto& to) { bulk_push(there(&to), &here, sizeof(here), landed); };
                 mbarrier_arrive_expect_bytes_in_cluster(landed, sizeof(Stage) + sizeof(SmallFactors));
                 push(smem.stages[slot], smem.stages[to]);
@@ -128,6 +135,8 @@ __device__ __forceinline__ void mail_chunks(SharedStorage& smem) {
         }
         begun += chunks;
     }
+    for (int ahead = 0; ahead < kMailStages; ++ahead)   // until the other CTA has said of all of them that they are free
+        await_room(ahead);
 }
 
 // A tail's values, whose rows past the sequence are zero: its neighbour's may be no numbers. Called by all lanes.
@@ -154,6 +163,7 @@ __device__ __forceinline__ void load_values(const KernelParams& p, SharedStorage
     constexpr bool kOnce = kSharing == Sharing::kSpans;
     const int half = blockIdx.x % kPair;
     uint32_t number = 0;
+    meet_cluster();
     for (uint32_t n = 0; const Chain* next = await_chain(smem, n); give_back_chain(smem, n++)) {
         const Chain& chain = *next;
         if (elect_one())

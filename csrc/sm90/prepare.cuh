@@ -24,6 +24,7 @@
 namespace flash_kda::sm90 {
 
 constexpr int kHalfBlocks = kBlocks / kHalves;   // of a warp
+constexpr int kTeamBarrier = 1;   // the first of the teams' named ones
 
 class Preparer {
 public:
@@ -319,6 +320,7 @@ __device__ __forceinline__ void prepare_chunks(const KernelParams& p, SharedStor
     const uint32_t rank = blockIdx.x % kPair;
     uint32_t number = team, begun = 0;   // of this CTA's chunks through all chains; chunks of both CTAs' before this chain
     uint32_t pieces = 0, head = ~0u;     // stages taken by pieces so far
+    meet_cluster();
     for (uint32_t n = 0; const Chain* next = await_chain(smem, n); give_back_chain(smem, n++)) {
         const Chain& chain = *next;
         pieces += pieces_of(chain);

@@ -112,9 +112,6 @@ __device__ __forceinline__ T resident(T x) {
 // Among so many threads, by whole warps.
 __device__ __forceinline__ void barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
-// The same without waiting.
-__device__ __forceinline__ void barrier_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
-
 // ---- the CTAs of a cluster
 
 // The address, as the cluster knows it, of what lies at `address` in the CTA of this rank.
@@ -124,12 +121,10 @@ __device__ __forceinline__ uint32_t address_in_cta(uint32_t address, int rank) {
     return d;
 }
 
-// __syncthreads for all threads of all its CTAs, in two halves.
-__device__ __forceinline__ void arrive_at_cluster() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wait_for_cluster() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
-__device__ __forceinline__ void sync_cluster() {
-    arrive_at_cluster();
-    wait_for_cluster();
+// __syncthreads for all threads of all its CTAs, but of what one has written the other CTAs know only of mbarriers: the barrier's own release would
+// wait for all of global memory.
+__device__ __forceinline__ void meet_cluster() {
+    asm volatile("fence.acq_rel.cta;\nbarrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 // Arrivals that say that this thread has read, or is about to copy: no write of its own goes with them, for which they would have to wait.

@@ -232,6 +232,7 @@ __device__ __forceinline__ void recur_chains(const KernelParams& p, SharedStorag
     const bool decays = p.lower_bound < 0.0f;
     uint32_t number = 0, pieces = 0, values_number = 0;   // chunks, pieces and chunks with values so far
     float S[kStateRegisters];
+    meet_cluster();
     for (uint32_t n = 0; const Chain* next = await_chain(smem, n); give_back_chain(smem, n++)) {
         const Chain& chain = *next;
         const auto outputs_of = [&](bf16* out, int64_t row) -> bf16* {

@@ -190,7 +190,7 @@ private:
 };
 
 // Finds the n-th chain, for all warps; null behind the last one. By all lanes of the warp that is first to want it; the compiler sees that they
-// agree. The first chain is found while the mbarriers are still being initialised, and before that warp arrives at the cluster's barrier.
+// agree. The first chain is found while the mbarriers are still being initialised.
 template <class Walk, class Shared>
 __device__ __forceinline__ const Chain* find_chain(const KernelParams& p, Shared& smem, Walk& walk, uint32_t n) {
     const Turn<kChains> turn(n);
@@ -199,10 +199,8 @@ __device__ __forceinline__ const Chain* find_chain(const KernelParams& p, Shared
     Chain& chain = smem.chains[turn.slot];
     walk.next(p, chain);
     __syncwarp();
-    if (n == 0) {
-        barrier(kInitBarrier, kInitThreads);
-        arrive_at_cluster();   // whether there is a chain or not
-    }
+    if (n == 0)
+        meet_cluster();   // whether there is a chain or not
     mbarrier_arrive(smem_address(&smem.chains_ready[turn.slot]));
     return __any_sync(~0u, chain.done) ? nullptr : &chain;
 }

@@ -8,8 +8,8 @@
 //
 //   S = ((S1 M_1 + B_1) M_2 + B_2) ...     up to M_(s - 1) and B_(s - 1)
 //
-// in three bf16 products each, of S and M as a bf16 part and what that lacks; and what a segment's outputs lack, S Y', is a product without
-// any order in time. One more task finds the state behind the last segment.
+// in one fp16 product each; and what a segment's outputs lack, S Y', is a product without any order in time. One more task finds the state
+// behind the last segment.
 //
 // A chain's tokens are cut into units, one more than it has tasks in either phase. A segment has two, half of it a correction each. The last
 // one may have one, and then a single task for B and M, so that the tasks can be odd or even in number.
@@ -163,25 +163,29 @@ __device__ __forceinline__ void count_fetch(uint64_t* left, uint64_t ticket, int
     atomic_count(reinterpret_cast<uint32_t*>(left), static_cast<uint32_t>(ticket) + fetches - 1);
 }
 
-// M, whose rows are those of the state, in blocks of 16 rows, a warp's own, each as its bf16 part and what that lacks, both as
-// two HalfTiles. By tiles [16, 16] through `patch`, the warp's: written from the registers, a row would come in pieces of 4 bytes.
+// M, whose rows are those of the state, in blocks of 16 rows, a warp's own, as two HalfTiles, but of fp16: no product of (I - beta k k') and
+// decays has an element greater than 1. By tiles [16, 16] through `patch`, the warp's, two at a time: written from the registers, a row would
+// come in pieces of 4 bytes.
 __device__ __forceinline__ void leave_matrix(Handover& summary, uint64_t ticket, int half, bf16* patch, const float (&S)[kStateRegisters]) {
     const int warp = half * 4 + thread_index() % kWarpgroup / 32, lane = thread_index() % 32, row = lane / 2;
     auto& block = summary.matrix[warp];
     const auto unit = [&](int t, int u) { return smem_address(patch) + (2 * t + (u ^ (t / 4 % 2))) * 16; };   // as OutputWriter's
     const uint32_t store_address = unit(lane % 16, lane / 16), load_address = unit(row, lane % 2);
-    for (int j = 0; j < kDim / 16; ++j) {
-        uint32_t parts[2][4];   // high and low
-        for (int i = 0; i < 4; ++i) {
-            const float x = S[8 * j + 2 * i] * kStateUp, y = S[8 * j + 2 * i + 1] * kStateUp;
-            parts[0][i] = pack_bf16(x, y);
-            parts[1][i] = pack_bf16(x - low_bf16(parts[0][i]), y - high_bf16(parts[0][i]));
+    constexpr int kTiles = 2, kTileBytes = 16 * 16 * 2;
+    for (int first = 0; first < kDim / 16; first += kTiles) {
+        __syncwarp();   // what stood in the patch has been read
+        for (int tile = 0; tile < kTiles; ++tile) {
+            uint32_t x[4];
+            for (int i = 0; i < 4; ++i) {
+                const float* const s = S + 8 * (first + tile) + 2 * i;
+                x[i] = pack_fp16(s[0] * kStateUp, s[1] * kStateUp);
+            }
+            stmatrix_x4(store_address + tile * kTileBytes, x);
         }
-        for (int part = 0; part < 2; ++part) {
-            __syncwarp();   // what stood in the patch has been read
-            stmatrix_x4(store_address, parts[part]);
-            __syncwarp();
-            *reinterpret_cast<uint4*>(&block[part][j / 4][row * kHalf + ((2 * j + lane % 2) % 8 ^ row % 8) * 8]) = load_shared_16_bytes(load_address);
+        __syncwarp();
+        for (int tile = 0; tile < kTiles; ++tile) {
+            const int j = first + tile;
+            *reinterpret_cast<uint4*>(&block[j / 4][row * kHalf + ((2 * j + lane % 2) % 8 ^ row % 8) * 8]) = load_shared_16_bytes(load_address + tile * kTileBytes);
         }
     }
     __syncwarp();   // a release is for all that the warp has written
@@ -203,13 +207,13 @@ __device__ __forceinline__ uint64_t* fetch_state(Handover& summary, uint64_t tic
     return left;
 }
 
-// A summary passes through the stages of the CTA's own chunks in pieces: B, of the CTA's half, and M behind it, in units of 16 rows of one part
-// of M, three a stage. So do the outputs to be corrected, and Y.
+// A summary passes through the stages of the CTA's own chunks in pieces: M, and behind it B, of the CTA's half, in units of 16 rows of M, up to
+// three a stage. So do the outputs to be corrected, and Y.
 constexpr int kUnitBytes = kHalves * kHalfTileBytes, kStageUnits = static_cast<int>(sizeof(Stage)) / kUnitBytes;
 constexpr int kUnitLoads = kUnitBytes / static_cast<int>(kWarpgroup * sizeof(float4));   // float4s a thread
-constexpr int kStateUnits = kStateRegisters / 4 / kUnitLoads, kSummaryUnits = kStateUnits + kBlocks * 2;
-constexpr int kSummaryPieces = kSummaryUnits / kStageUnits;
-static_assert(sizeof(Stage) % kUnitBytes == 0 && kSummaryUnits % kStageUnits == 0 && sizeof(Handover::matrix) == kBlocks * 2 * kUnitBytes);
+constexpr int kStateUnits = kStateRegisters / 4 / kUnitLoads, kSummaryUnits = kBlocks + kStateUnits;
+constexpr int kSummaryPieces = (kSummaryUnits + kStageUnits - 1) / kStageUnits;
+static_assert(sizeof(Stage) % kUnitBytes == 0 && sizeof(Handover::matrix) == kBlocks * kUnitBytes);
 
 __device__ __forceinline__ int correction_pieces(const Chain& chain) { return (chain.corrected + kCorrected - 1) / kCorrected; }
 __device__ __forceinline__ int pieces_of(const Chain& chain) { return chain.compositions * kSummaryPieces + correction_pieces(chain); }
@@ -258,64 +262,71 @@ __device__ __forceinline__ void load_summary_piece(const Chain& chain, int segme
     const Handover* const summary = summary_of(chain, segment);
     const char* const B = reinterpret_cast<const char*>(summary[0].state[blockIdx.x % kPair]);
     const char* const M = reinterpret_cast<const char*>(summary[1].matrix);
-    const int first = piece * kStageUnits, of_state = min(max(kStateUnits - first, 0), kStageUnits);
-    arrive_with_piece(ready, sizeof(Stage));
-    if (of_state > 0)
-        bulk_load(&stage, B + first * kUnitBytes, of_state * kUnitBytes, ready);
-    if (of_state < kStageUnits)
-        bulk_load(reinterpret_cast<char*>(&stage) + of_state * kUnitBytes, M + (first + of_state - kStateUnits) * kUnitBytes,
-                  (kStageUnits - of_state) * kUnitBytes, ready);
+    const int first = piece * kStageUnits, units = min(kSummaryUnits - first, kStageUnits), of_M = min(max(kBlocks - first, 0), units);
+    arrive_with_piece(ready, units * kUnitBytes);
+    if (of_M > 0)
+        bulk_load(&stage, M + first * kUnitBytes, of_M * kUnitBytes, ready);
+    if (of_M < units)
+        bulk_load(reinterpret_cast<char*>(&stage) + of_M * kUnitBytes, B + (first + of_M - kBlocks) * kUnitBytes, (units - of_M) * kUnitBytes, ready);
 }
 
-// The state before a segment, or behind the last one. `number` of the next stage of the CTA's own, and `release` gives one back.
+// The greatest power of two in each of the lane's two rows of the state; zero where that is zero.
+__device__ __forceinline__ void find_powers(const float (&S)[kStateRegisters], float (&powers)[2]) {
+    const int lane = threadIdx.x % 32;
+    for (int h = 0; h < 2; ++h) {
+        float most = 0.0f;
+        for (int i = 2 * h; i < kStateRegisters; i += 4)
+            most = fmaxf(most, fmaxf(fabsf(S[i]), fabsf(S[i + 1])));
+        for (int d = 1; d < 4; d *= 2)
+            most = fmaxf(most, __shfl_sync(~0u, most, lane ^ d));
+        powers[h] = __uint_as_float(__float_as_uint(most) & 0x7f800000);
+    }
+}
+
+// The state before a segment, or behind the last one. A product takes S in fp16, each row over its own power of two: whatever its size, an element
+// is rounded by at most 2^-11 of itself, or 2^-24 of the greatest. `number` of the next stage of the CTA's own, and `release` gives one back.
 template <class Release>
 __device__ __forceinline__ void compose(const KernelParams& p, SharedStorage& smem, const Chain& chain, uint32_t number, Release release,
                                         float (&S)[kStateRegisters]) {
     const int thread = thread_index() % kWarpgroup;
-    const auto await_piece = [&](uint32_t n) -> uint32_t {
-        const Turn<kOwnStages> own(n);
-        mbarrier_wait(smem_address(&smem.ready[own.slot]), own.parity);
-        return own.slot;
-    };
     uint64_t* const left = fetch_state(chain.handovers[0], p.workspace.ticket, blockIdx.x % kPair, S);
     for (int compositions = chain.compositions; compositions > 0; --compositions) {
-        uint32_t high[kStateRegisters / 2], low[kStateRegisters / 2];
+        float powers[2];
+        find_powers(S, powers);
+        uint32_t S_h[kStateRegisters / 2];
         for (int i = 0; i < kStateRegisters / 2; ++i) {
-            high[i] = pack_bf16(S[2 * i], S[2 * i + 1]);
-            low[i] = pack_bf16(S[2 * i] - low_bf16(high[i]), S[2 * i + 1] - high_bf16(high[i]));
+            const float inverse = __uint_as_float(0x7f000000 - __float_as_uint(powers[i % 2]));
+            S_h[i] = pack_fp16(S[2 * i] * inverse, S[2 * i + 1] * inverse);
         }
+        fence_operands(S);
 #pragma unroll
         for (int piece = 0; piece < kSummaryPieces; ++piece, ++number) {
-            const uint32_t slot = await_piece(number), stage = smem_address(&smem.stages[slot]);
-            const int first = piece * kStageUnits, end = first + kStageUnits;
-            for (int i = first * kUnitLoads; i < min(end, kStateUnits) * kUnitLoads; ++i) {
-                const float4 x = load_shared_float4(stage + ((i - first * kUnitLoads) * kWarpgroup + thread) * 16);
-                S[4 * i] = x.x, S[4 * i + 1] = x.y, S[4 * i + 2] = x.z, S[4 * i + 3] = x.w;
-            }
-            if (end <= kStateUnits) {
-                release(slot);
-                continue;
-            }
-            if (first <= kStateUnits)
+            const Turn<kOwnStages> own(number);
+            const uint32_t stage = smem_address(&smem.stages[own.slot]);
+            const int first = piece * kStageUnits, end = min(first + kStageUnits, kSummaryUnits);
+            mbarrier_wait(smem_address(&smem.ready[own.slot]), own.parity);
+            if (first < kBlocks) {
+                cute::warpgroup_arrive();
+                for (int block = first; block < min(end, kBlocks); ++block) {
+                    const MatrixDescriptor M = matrix_descriptor(in_sixteenths(stage + (block - first) * kUnitBytes), Swizzle::k128Bytes, kHalfTileBytes, 8 * 128);
+                    wgmma<ComposeAtom>(S, S_h + 4 * block, M, block == 0 ? ScaleOut::Zero : ScaleOut::One);
+                }
+                cute::warpgroup_commit_batch();
+                if (end < kBlocks)
+                    continue;
+                cute::warpgroup_wait<0>();
                 fence_operands(S);
-            cute::warpgroup_arrive();
-            for (int unit = max(first, kStateUnits); unit < end; ++unit) {
-                const int block = (unit - kStateUnits) / 2;
-                const bool high_part = (unit - kStateUnits) % 2 == 0;
-                const MatrixDescriptor M = matrix_descriptor(in_sixteenths(stage + (unit - first) * kUnitBytes), Swizzle::k128Bytes, kHalfTileBytes, 8 * 128);
-                wgmma<UpdateAtom>(S, high + 4 * block, M);
-                if (high_part)
-                    wgmma<UpdateAtom>(S, low + 4 * block, M);
+                for (int before = piece; before > 0; --before)
+                    release(Turn<kOwnStages>(number - before).slot);
             }
-            cute::warpgroup_commit_batch();
-            if (first > kStateUnits) {
-                cute::warpgroup_wait<1>();
-                release(Turn<kOwnStages>(number - 1).slot);
+            for (int i = (max(first, kBlocks) - kBlocks) * kUnitLoads; i < (end - kBlocks) * kUnitLoads; ++i) {
+                const float4 B = load_shared_float4(stage + ((i - (first - kBlocks) * kUnitLoads) * kWarpgroup + thread) * 16);
+                float* const s = S + 4 * i;
+                s[0] = fmaf(s[0], powers[0], B.x), s[1] = fmaf(s[1], powers[0], B.y);
+                s[2] = fmaf(s[2], powers[1], B.z), s[3] = fmaf(s[3], powers[1], B.w);
             }
+            release(own.slot);
         }
-        cute::warpgroup_wait<0>();
-        fence_operands(S);
-        release(Turn<kOwnStages>(number - 1).slot);
     }
     if (thread % 32 == 0)
         count_fetch(left, p.workspace.ticket, chain.readers);

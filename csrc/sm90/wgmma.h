@@ -23,6 +23,7 @@ __device__ __forceinline__ void wgmma(float (&d)[kRegisters], const uint32_t* a,
 
 using StepAtom = cute::SM90::GMMA::MMA_64x32x16_F32BF16BF16_RS<Major::K, Major::K>;
 using OutputAtom = cute::SM90::GMMA::MMA_64x16x16_F32BF16BF16_RS<Major::K, Major::K>;
+using ComposeAtom = cute::SM90::GMMA::MMA_64x128x16_F32F16F16_RS<Major::K, Major::MN>;
 using UpdateAtom = cute::SM90::GMMA::MMA_64x128x16_F32BF16BF16_RS<Major::K, Major::MN>;
 
 template <int kRegisters>

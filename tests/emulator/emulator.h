@@ -40,6 +40,9 @@
 struct __nv_bfloat16 {
     uint16_t bits;
 };
+struct __half {
+    uint16_t bits;
+};
 struct alignas(8) float2 {
     float x, y;
 };
@@ -91,7 +94,7 @@ struct Warp {
 struct Cta {
     Index index;
     int threads, arrived = 0;
-    bool leaving = false;   // some of its threads have ended
+    int left = 0;   // threads that have ended
     uint64_t done = 0;
     std::vector<Warp> warps;
     uint8_t* shared;
@@ -107,7 +110,6 @@ struct Thread {
     Index index;
     bool finished = false;
     const char* waits_for = nullptr;
-    uint64_t meeting;   // of the cluster, at which it has arrived
     ucontext_t context;
     std::vector<char> stack;
 };
@@ -153,37 +155,24 @@ inline void sync_warp() {
     together("syncwarp", nullptr, [](void**) { races::meet_warp(); });
 }
 
-// Returns what is to be waited for.
 template <class Meeting>
-uint64_t arrive_at(Meeting& at, int threads) {
+void meet(Meeting& at, int threads) {
     races::arrive(&at);
-    const uint64_t before = at.done;
-    if (++at.arrived == threads) {
+    if (++at.arrived < threads) {
+        const uint64_t before = at.done;
+        wait_until("syncthreads", [&] { return at.done != before; });
+    } else {
         races::complete(&at);
         at.arrived = 0;
         ++at.done;
         ++progress;
     }
-    return before;
-}
-
-template <class Meeting>
-void wait_at(Meeting& at, uint64_t before) {
-    wait_until("syncthreads", [&] { return at.done != before; });
     races::pass(&at);
-}
-
-template <class Meeting>
-void meet(Meeting& at, int threads) {
-    wait_at(at, arrive_at(at, threads));
 }
 
 inline void sync_cta() { meet(*current->cta, current->cta->threads); }
 
-inline void arrive_at_cluster() {
-    current->meeting = arrive_at(current->cta->cluster[0]->meeting, current->cta->threads * current->cta->cluster.size());
-}
-inline void wait_for_cluster() { wait_at(current->cta->cluster[0]->meeting, current->meeting); }
+inline void meet_cluster() { meet(current->cta->cluster[0]->meeting, current->cta->threads * current->cta->cluster.size()); }
 
 template <class T>
 T shuffle(T x, int from) {
@@ -231,8 +220,8 @@ inline uint8_t* shared_in_cluster(uint32_t address, int bytes, int alignment) {
     if (rank >= current->cta->cluster.size())
         fail("bad address in the cluster");
     const Cta& cta = *current->cta->cluster[rank];
-    if (cta.leaving)
-        fail("the other CTA need not be there any more");
+    if (cta.left == cta.threads)
+        fail("the other CTA is not there any more");
     return shared(address, bytes, alignment, cta);
 }
 

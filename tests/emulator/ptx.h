@@ -96,7 +96,6 @@ T resident(T x) {
 inline int thread_index() { return threadIdx.x; }
 
 inline void barrier(int id, int threads) { emulator::meet(emulator::current->cta->named[id], threads); }
-inline void barrier_arrive(int id, int threads) { emulator::arrive_at(emulator::current->cta->named[id], threads); }
 
 inline void bulk_copy(void* to, const void* from, int bytes, Barrier& landed) {
     emulator::races::copied(to, from, bytes, &landed);
@@ -117,12 +116,7 @@ inline void bulk_load(void* to, const void* from, int bytes, uint64_t& loaded) {
 
 inline uint32_t address_in_cta(uint32_t address, int rank) { return address % emulator::kWindow + rank * emulator::kWindow; }
 
-inline void arrive_at_cluster() { emulator::arrive_at_cluster(); }
-inline void wait_for_cluster() { emulator::wait_for_cluster(); }
-inline void sync_cluster() {
-    arrive_at_cluster();
-    wait_for_cluster();
-}
+inline void meet_cluster() { emulator::meet_cluster(); }
 
 inline Barrier& barrier_in_cluster(uint32_t bar) { return barrier(emulator::shared_in_cluster(bar, 8, 8)); }
 

@@ -26,7 +26,7 @@ void run_thread() {
         error = e.what();
     }
     current->finished = true;
-    current->cta->leaving = true;
+    ++current->cta->left;
     ++progress;
     swapcontext(&current->context, &scheduler);
 }

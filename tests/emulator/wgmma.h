@@ -18,13 +18,15 @@ namespace flash_kda::sm90 {
 
 enum class ScaleOut { Zero, One };
 
-template <int kColumns, bool kColumnMajor>
+template <int kColumns, bool kColumnMajor, float kFrom(uint16_t) = emulator::from_bf16>
 struct Atom {
     static constexpr int columns = kColumns;
     static constexpr bool column_major = kColumnMajor;   // neighbouring columns lie side by side
+    static float from(uint16_t bits) { return kFrom(bits); }
 };
 using StepAtom = Atom<32, false>;
 using OutputAtom = Atom<16, false>;
+using ComposeAtom = Atom<128, true, emulator::from_fp16>;
 using UpdateAtom = Atom<128, true>;
 
 template <int kRegisters>
@@ -49,7 +51,7 @@ float operand(MatrixDescriptor b, int k, int n) {
     emulator::races::read_by_wgmma(emulator::shared(at, 2), 2);
     emulator::races::Quiet quiet;
     memcpy(&bits, emulator::shared(at, 2), 2);
-    return emulator::from_bf16(bits);
+    return Atom::from(bits);
 }
 
 template <class Atom, int kRegisters>
@@ -66,7 +68,7 @@ void wgmma(float (&d)[kRegisters], const uint32_t* a, MatrixDescriptor b, ScaleO
                 float& x = of(row % 8 * 4 + n % 8 / 2).d[n / 8 * 4 + row / 8 * 2 + n % 2];
                 float sum = accumulate == ScaleOut::Zero ? 0.0f : x;
                 for (int k = 0; k < 16; ++k)
-                    sum += bf16_of(of(row % 8 * 4 + k % 8 / 2).a, k / 8 * 2 + row / 8, k % 2) * column[k];
+                    sum += Atom::from(static_cast<const uint32_t*>(of(row % 8 * 4 + k % 8 / 2).a)[k / 8 * 2 + row / 8] >> k % 2 * 16) * column[k];
                 x = sum;
             }
         }

@@ -1,0 +1,4 @@
+// Stands for CUDA's header.
+#pragma once
+
+#include "emulator.h"
