@@ -29,6 +29,14 @@ struct Workspace {
 struct KernelParams {
     CUtensorMap q, k, v_map, g;   // [rows, heads, kDim]: see tensor_map.h
     CUtensorMap out_map, Y_map;   // of kCorrected tokens a box
+    // What finds the chains: in a constant cache's line of its own, for a launch begins with a miss for every line it looks at.
+    uint32_t num_sequences, heads;
+    int64_t tokens;
+    const int64_t* cu_seqlens;
+    Workspace workspace;
+    int tasks;                // of a chain that is cut, at most,
+    int least_chunks;         // and of a unit, at least
+
     const __nv_bfloat16* v;
     const __nv_bfloat16* beta;
     __nv_bfloat16* out;
@@ -37,12 +45,6 @@ struct KernelParams {
     const float* dt_bias;
     const void* initial_state;
     void* final_state;
-    const int64_t* cu_seqlens;
-    Workspace workspace;
-    int64_t tokens;
-    uint32_t num_sequences, heads;
-    int tasks;                // of a chain that is cut, at most,
-    int least_chunks;         // and of a unit, at least
     bool state_is_fp32;
     float scale;
     float lower_bound;

@@ -91,6 +91,7 @@ __device__ __forceinline__ void load_chunks(const KernelParams& p, SharedStorage
         }
         begun += chunks;
     }
+#pragma unroll 1
     for (int ahead = 0; ahead < kOwnStages; ++ahead)   // until all stages have been given back, from both CTAs
         await_stage(ahead);
 }
@@ -135,6 +136,7 @@ __device__ __forceinline__ void mail_chunks(SharedStorage& smem) {
         }
         begun += chunks;
     }
+#pragma unroll 1
     for (int ahead = 0; ahead < kMailStages; ++ahead)   // until the other CTA has said of all of them that they are free
         await_room(ahead);
 }

@@ -61,7 +61,7 @@ public:
                 bool goes_on = false;
                 if (lane == __ffs(behind) - 1) {
                     const uint32_t in_sequence = at.task - (until.tasks - own.tasks), head = in_sequence / each;
-                    const int task = in_sequence % each;
+                    const int task = in_sequence - head * each;
                     goes_on = take(p, chain, sequence, rows, tasks, head, at.phase, task, at.part, until.handovers - own.handovers + head * handovers_of(tasks));
                 }
                 goes_on = __any_sync(~0u, goes_on);

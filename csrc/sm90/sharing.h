@@ -26,8 +26,11 @@ constexpr int kSegmentUnits = 2;
 constexpr int segments_of(int tasks) { return tasks / 2 + 1; }
 constexpr int tasks_for(int segments) { return 2 * segments - 1; }
 
-// The first chunk of a unit. In 32 bits: units are few.
-constexpr int border_of(int chunks, int unit, int units) { return chunks / units * unit + chunks % units * unit / units; }
+// The first chunk of a unit. The last ones have one more, of what is left over.
+constexpr int border_of(int chunks, int unit, int units) {
+    const int left_over = unit - (units - chunks % units);
+    return chunks / units * unit + (left_over > 0 ? left_over : 0);
+}
 
 // Of two segments, the last one's outputs are corrected by its own tasks, one a unit, and by the pair that finds the final state. That one has
 // so many chunks less to do: what it takes to fetch, to compose, and to store.
