@@ -71,6 +71,8 @@ PYBIND11_MODULE(_C, m) {
         .def_property_readonly("segments", &Plan::segments)
         .def_readonly("tasks", &Plan::tasks)
         .def_readonly("least_chunks", &Plan::least_chunks)
+        .def_readonly("spare_pairs", &Plan::spare_pairs)
+        .def_readonly("spare_chunks", &Plan::spare_chunks)
         .def_readonly("grid", &Plan::grid)
         .def_property_readonly("workspace_bytes", &Plan::workspace_bytes)
         .def_readonly("work", &Plan::work);

@@ -16,6 +16,7 @@ namespace {
 // Numbers of chains are counted in 32 bits, coordinates of a tensor map in 31.
 constexpr int64_t kMax31 = std::numeric_limits<int32_t>::max();
 
+constexpr int kNextTaskChunks = 5;   // a spare pair's next task takes so many chunks to begin and to end
 constexpr int kFewChains = 16;   // an SM: with more, even a long one is no hurry
 
 [[noreturn]] void too_many(const char* what, int64_t a, int64_t b) {
@@ -41,6 +42,10 @@ Work serial_work(const Lengths& lengths, int64_t heads, int64_t pairs) {
 
 Work segmented_work(const Lengths& lengths, int64_t heads, int64_t all_pairs, const Plan& plan) {
     const auto tasks = [&](int chunks) { return sm90::tasks_of(chunks, plan.least_chunks, plan.tasks); };
+    const auto segment = [&](int chunks) -> double {   // chunks of a regular one
+        const int spare_units = tasks(chunks) == plan.tasks && plan.spare_chunks > 0 ? sm90::kSegmentUnits : 0;
+        return static_cast<double>(chunks - spare_units * plan.spare_chunks) * sm90::kSegmentUnits / (sm90::units_of(tasks(chunks)) - spare_units);
+    };
     struct Tasks {
         int64_t count;   // of a chain
         double length;   // of one of them
@@ -49,6 +54,8 @@ Work segmented_work(const Lengths& lengths, int64_t heads, int64_t all_pairs, co
     // By all pairs in turn, one after the other of tasks as long as the mean, and nobody sooner than his longest.
     const auto busiest = [&](auto of) -> double {
         const Tasks longest = of(lengths.longest), rest = of(lengths.rest);
+        if (plan.spare_pairs > 0)   // all are alike, and no regular pair has two
+            return longest.count > 0 ? longest.length : 0;
         const int64_t all = heads * (longest.count + others * rest.count);
         if (all == 0)
             return 0;
@@ -57,12 +64,11 @@ Work segmented_work(const Lengths& lengths, int64_t heads, int64_t all_pairs, co
     };
     const auto summaries = [&](int chunks) -> Tasks {
         const int n = tasks(chunks);
-        return {n > 1 ? n : 0, static_cast<double>(chunks) * sm90::kSegmentUnits / sm90::units_of(n) + sm90::kStateChunks};
+        return {n > 1 ? n : 0, segment(chunks) + sm90::kStateChunks};
     };
     const auto whole = [&](int chunks) -> Tasks { return {tasks(chunks) == 1, static_cast<double>(chunks) + sm90::kStateChunks}; };
     const auto corrected = [&](int chunks) -> double {   // chunks
-        const int n = tasks(chunks), units = sm90::units_of(n);
-        return n > 1 ? static_cast<double>(chunks) * (units - sm90::kSegmentUnits) / units : 0;
+        return tasks(chunks) > 1 ? chunks - segment(chunks) : 0;
     };
     Work work{};
     work.steps = busiest(summaries) + busiest(whole);
@@ -77,7 +83,7 @@ Work segmented_work(const Lengths& lengths, int64_t heads, int64_t all_pairs, co
 }  // namespace
 
 double Work::microseconds() const {
-    return 5.93 + 0.468 * steps + 2.26 * summaries + 1.63 * compositions + 0.353 * corrections;
+    return 4.8 + 0.468 * steps + 1.6 * summaries + 1.12 * compositions + 0.353 * corrections;
 }
 
 Plan make_plan(int64_t num_sequences, int64_t tokens, int64_t heads, bool packed, int num_segments, int sms) {
@@ -92,7 +98,7 @@ Plan make_plan(int64_t num_sequences, int64_t tokens, int64_t heads, bool packed
         too_many("sequences x tokens", repeats, tokens);
     const int64_t chains = num_sequences * heads;
     if (chains == 0)
-        return {0, Sharing::kSpans, 1, 1, 0, 0, 0, {}};
+        return {0, Sharing::kSpans, 1, 1, 0, 0, 0, 0, 0, {}};
 
     // What is not known of a pack without a sync is how long its sequences are. They are taken once to be all equal, and once for a pack
     // whose longest is three times as long as their mean.
@@ -110,8 +116,8 @@ Plan make_plan(int64_t num_sequences, int64_t tokens, int64_t heads, bool packed
     };
 
     const int64_t pairs = std::min(chains, all_pairs);
-    const Plan serial = {chains, Sharing::kSpans, 1, 1, static_cast<uint32_t>(sm90::kPair * pairs), 0, pairs < chains ? pairs : 0, serial_work(even, heads, pairs)};
-    const auto segmented = [&](int tasks, int least_chunks) -> Plan {
+    const Plan serial = {chains, Sharing::kSpans, 1, 1, 0, 0, static_cast<uint32_t>(sm90::kPair * pairs), 0, pairs < chains ? pairs : 0, serial_work(even, heads, pairs)};
+    const auto segmented = [&](int tasks, int least_chunks, int64_t spare_pairs = 0, int spare_chunks = 0) -> Plan {
         // No more than all sequences have room for together; and however wrong cu_seqlens is, a count of tasks or handovers fits in 32 bits.
         const int64_t room = (chunks + (packed ? num_sequences : 0)) * (packed ? 1 : num_sequences) / least_chunks;
         const int most = sm90::tasks_of(chunks, least_chunks, tasks);
@@ -119,7 +125,7 @@ Plan make_plan(int64_t num_sequences, int64_t tokens, int64_t heads, bool packed
             too_many("sequences x heads x 2 num_segments", chains, most + 1);
         const int64_t pairs = std::min(chains * most, all_pairs);
         const int64_t handovers = heads * std::min<int64_t>(num_sequences * sm90::handovers_of(most), room);
-        Plan plan{chains, Sharing::kSegments, most, least_chunks, static_cast<uint32_t>(sm90::kPair * pairs), repeats * tokens * heads, handovers, {}};
+        Plan plan{chains, Sharing::kSegments, most, least_chunks, spare_pairs, spare_chunks, static_cast<uint32_t>(sm90::kPair * pairs), repeats * tokens * heads, handovers, {}};
         plan.work = segmented_work(even, heads, all_pairs, plan);
         return plan;
     };
@@ -138,6 +144,16 @@ Plan make_plan(int64_t num_sequences, int64_t tokens, int64_t heads, bool packed
         return best;
     for (int tasks = 2; tasks <= all_pairs && sm90::units_of(tasks) <= long_one; ++tasks)
         consider(segmented(packed && num_sequences > 1 ? all_pairs : tasks, long_one / sm90::units_of(tasks)));
+    // A pair for every task, and the pairs left over for one segment more of each chain, so long that they are done when the others are: with n tasks
+    // of each, one after the other, n (2 spare_chunks + kNextTaskChunks) = 2 regular_chunks + kStateChunks.
+    for (int tasks = 1; chains * tasks < all_pairs && (!packed || num_sequences == 1); ++tasks) {
+        const int64_t spare_pairs = all_pairs - chains * tasks, each = divide_up(chains * sm90::kSegmentUnits, spare_pairs);
+        const double regular = static_cast<double>(sm90::kSegmentUnits) / sm90::units_of(tasks);   // a segment, of all chunks but the spare ones
+        const double fit = (regular * chunks + sm90::kStateChunks - each * kNextTaskChunks) / (sm90::kSegmentUnits * (each + regular));
+        const int spare_chunks = std::min(static_cast<int>(fit), chunks / (sm90::units_of(tasks) + sm90::kSegmentUnits));
+        if (spare_chunks > 0)
+            consider(segmented(tasks + sm90::kSegmentUnits, spare_chunks, spare_pairs, spare_chunks));
+    }
     return best;
 }
 

@@ -28,6 +28,8 @@ struct Plan {
     sm90::Sharing sharing;      // of the chains among the CTAs
     int tasks;                  // of a chain in each phase, at most: see sharing.h
     int least_chunks;           // of a unit
+    int64_t spare_pairs;        // of CTAs, which have a segment of each chain among them,
+    int spare_chunks;           // and so long are its two units
     uint32_t grid;              // CTAs, two a pair, no more than SMs: each fills one
     int64_t Y_rows;             // in a workspace of device memory that the launch needs: tokens and heads,
     int64_t handovers;          // and behind them

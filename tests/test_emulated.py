@@ -44,7 +44,7 @@ def build(folder, change=None, races=False):
         subprocess.run([COMPILER, "-shared", *objects, "-o", str(library)], check=True)
     function = ctypes.CDLL(str(library)).emulate_fwd
     pointer, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-    function.argtypes = [pointer] * 11 + [integer] * 3 + [ctypes.c_int, real, real] + [ctypes.c_int] * 5 + [ctypes.c_uint64]
+    function.argtypes = [pointer] * 11 + [integer] * 3 + [ctypes.c_int, real, real] + [ctypes.c_int] * 7 + [ctypes.c_uint64]
     function.restype = ctypes.c_char_p
     return function
 
@@ -56,8 +56,11 @@ def kernel(tmp_path_factory):
     return build(tmp_path_factory.mktemp("emulator") / "kernel")
 
 
-def run(kernel, x, seed=0, sharing="spans", pairs=None, tasks=1, least_chunks=1, handovers=None, **options):
-    """`problems.run` on the emulated kernel; the threads' order is drawn from `seed`. A pair of CTAs a chain unless `pairs` says how many."""
+def run(kernel, x, seed=0, sharing="spans", pairs=None, tasks=1, least_chunks=1, spare=(0, 0), handovers=None, **options):
+    """`problems.run` on the emulated kernel; the threads' order is drawn from `seed`. A pair of CTAs a chain unless `pairs` says how many.
+
+    `spare`: how many of them are spare, and the chunks in each unit of their segments.
+    """
     heads = x.q.shape[2]
     pairs = pairs or len(x.lens) * heads
     if handovers is None:
@@ -68,7 +71,7 @@ def run(kernel, x, seed=0, sharing="spans", pairs=None, tasks=1, least_chunks=1,
         state = initial_state if initial_state is not None else final_state
         error = kernel(*(None if tensor is None else tensor.data_ptr() for tensor in tensors), len(x.lens), q.shape[1], q.shape[2],
                        state is not None and state.dtype == torch.float32, scale, lower_bound,
-                       SHARINGS.index(sharing), 2 * pairs, tasks, least_chunks, handovers, seed)
+                       SHARINGS.index(sharing), 2 * pairs, tasks, least_chunks, *spare, handovers, seed)
         if error:
             raise RuntimeError(error.decode())
 
@@ -149,6 +152,20 @@ def test_segments(kernel, tasks, gate, lens, pairs):
     """Two to five, the last a half one where the tasks are even in number."""
     x = make(lens, heads=1, gate=gate)
     check(x, *run(kernel, x, sharing="segments", pairs=pairs, tasks=tasks), path="cuda", slack=1.5)
+
+
+@pytest.mark.parametrize("tasks, pairs, spare", [(3, 4, (1, 2)), (4, 6, (2, 1)), (5, 7, (1, 3)), (6, 10, (2, 2)), (7, 12, (2, 1))], ids=str)
+@pytest.mark.parametrize("gate", ["mixed", "none"])
+def test_spare_pairs(kernel, tasks, pairs, spare, gate):
+    """They share a short segment of each of two chains; the last one of all is a half one where the tasks are even in number."""
+    x = make([400], heads=2, gate=gate)
+    check(x, *run(kernel, x, sharing="segments", pairs=pairs, tasks=tasks, least_chunks=spare[1], spare=spare), path="cuda", slack=1.5)
+
+
+def test_spare_pairs_of_a_pack(kernel):
+    """Only chains that have all tasks have their segment."""
+    x = make([400, 70, 0, 33, 300], heads=2)
+    check(x, *run(kernel, x, sharing="segments", pairs=9, tasks=5, least_chunks=3, spare=(2, 2)), path="cuda", slack=1.5)
 
 
 def test_only_long_sequences_are_cut(kernel):

@@ -103,6 +103,8 @@ void launch(const Params& params, const Plan& plan) {
     p.tokens = params.tokens;
     p.tasks = plan.tasks;
     p.least_chunks = plan.least_chunks;
+    p.regular_pairs = static_cast<uint32_t>(plan.pairs() - plan.spare_pairs);
+    p.spare_chunks = plan.spare_chunks;
     p.num_sequences = static_cast<uint32_t>(params.num_sequences);
     p.heads = static_cast<uint32_t>(params.heads);
     p.state_is_fp32 = params.state_is_fp32;

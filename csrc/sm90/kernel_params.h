@@ -36,6 +36,8 @@ struct KernelParams {
     Workspace workspace;
     int tasks;                // of a chain that is cut, at most,
     int least_chunks;         // and of a unit, at least
+    uint32_t regular_pairs;   // of CTAs; the others are spare,
+    int spare_chunks;         // and so long are the two units of a chain that are theirs. Zero: it has none
 
     const __nv_bfloat16* v;
     const __nv_bfloat16* beta;

@@ -46,7 +46,7 @@ __device__ __forceinline__ void await_first_chunk(SharedStorage& smem) { mbarrie
 // the first chunk of a launch is on its way before the CTAs have met.
 template <Sharing kSharing>
 __device__ __forceinline__ void load_chunks(const KernelParams& p, SharedStorage& smem) {
-    std::conditional_t<kSharing == Sharing::kSegments, SegmentWalk, SpanWalk> walk(smem.span);
+    std::conditional_t<kSharing == Sharing::kSegments, SegmentWalk, SpanWalk> walk(p, smem.span);
     const uint32_t rank = blockIdx.x % kPair;
     uint32_t number = 0, pieces = 0, begun = 0;   // of the chunks that this CTA prepares; of pieces; chunks of both CTAs before this chain
     const auto await_stage = [&](int ahead) -> uint32_t {   // so many behind the next one

@@ -124,6 +124,7 @@ struct Chain {
 
     // Of segments: see segments.cuh.
     int readers;           // of the whole chain's first summary
+    int spare_segment;     // of the whole chain, if any
     int compositions;      // before this one
     int corrected;         // tokens whose outputs wait for the state composed
     Handover* handovers;   // of the whole chain: S1, B_1, M_1, B_2, M_2, ...
@@ -138,7 +139,7 @@ __device__ __forceinline__ bool has_values(const Chain& chain) { return chain.to
 // Goes through a span's chains in the order in which they are to be done.
 class SpanWalk {
 public:
-    __device__ explicit SpanWalk(const Span& span)
+    __device__ SpanWalk(const KernelParams&, const Span& span)
         : span(span), sequence(span.first.sequence), head(span.first.head), first(span.last.chunk > 0), rest(span.first.chunk > 0), skip(rest) {}
 
     // Writes the next one. Called by all lanes.

@@ -15,7 +15,7 @@
 // one may have one, and then a single task for B and M, so that the tasks can be odd or even in number.
 //
 // The tasks are numbered, sequence by sequence and head by head; the pairs deal them out in turn, first all summaries, then all corrections and the
-// chains that are not cut. Since the CTAs run all at once, and no pair waits for anything but summaries, they cannot lock up.
+// chains that are not cut. Pairs that would have none can have a shorter segment of each chain among them: see sharing.h. Since the CTAs run all at once, and no pair waits for anything but summaries, they cannot lock up.
 #pragma once
 
 #include "kernel_params.h"
@@ -30,7 +30,7 @@ namespace flash_kda::sm90 {
 // A pair's tasks, one after the other.
 class SegmentWalk {
 public:
-    __device__ explicit SegmentWalk(const Span&) : place{Phase::kSummaries, pair(), 0, 0, {}} {}
+    __device__ SegmentWalk(const KernelParams& p, const Span&) : place{Phase::kSummaries, first_task(p), 0, 0, {}} {}
 
     // Writes the next one. Called by all lanes.
     __device__ __forceinline__ void next(const KernelParams& p, Chain& chain) {
@@ -43,7 +43,9 @@ public:
             const int tasks = tasks_of(chunks_of(rows.length), p.least_chunks, p.tasks);
             const uint32_t heads = sequence < p.num_sequences ? p.heads : 0;
             const bool summaries = at.phase == Phase::kSummaries;
-            const uint32_t each = summaries && tasks == 1 ? 0 : tasks;   // of a head
+            const bool shared = has_spare_segment(p, tasks);
+            const uint32_t regular = shared ? tasks - kSegmentUnits : tasks;
+            const uint32_t each = is_spare(p) ? (summaries ? tasks - regular : 0) : summaries && tasks == 1 ? 0 : regular;   // of a head
             const Counts own = {heads * each, heads * handovers_of(tasks)};
             Counts until = own;
             const int with_tasks = min(p.num_sequences, 32u);   // lanes
@@ -61,11 +63,13 @@ public:
                 bool goes_on = false;
                 if (lane == __ffs(behind) - 1) {
                     const uint32_t in_sequence = at.task - (until.tasks - own.tasks), head = in_sequence / each;
-                    const int task = in_sequence - head * each;
+                    const int dealt = in_sequence - head * each, spare = kSegmentUnits * spare_segment_of(tasks) - (summaries ? 1 : kSegmentUnits);
+                    const int task = is_spare(p) ? spare + dealt : shared && dealt >= spare ? dealt + kSegmentUnits : dealt;
                     goes_on = take(p, chain, sequence, rows, tasks, head, at.phase, task, at.part, until.handovers - own.handovers + head * handovers_of(tasks));
                 }
                 goes_on = __any_sync(~0u, goes_on);
-                place = {at.phase, goes_on ? at.task : at.task + gridDim.x / kPair, goes_on, at.sequence, at.before};
+                place = {at.phase, goes_on ? at.task : at.task + (is_spare(p) ? gridDim.x / kPair - p.regular_pairs : p.regular_pairs), goes_on,
+                         at.sequence, at.before};
                 return;
             }
             at.before = {__shfl_sync(~0u, until.tasks, 31), __shfl_sync(~0u, until.handovers, 31)};
@@ -76,13 +80,16 @@ public:
                         chain.done = true;
                     return;
                 }
-                at = {Phase::kCorrections, pair(), 0, 0, {}};
+                at = {Phase::kCorrections, first_task(p), 0, 0, {}};
             }
         }
     }
 
 private:
-    __device__ static uint32_t pair() { return blockIdx.x / kPair; }
+    // Regular and spare pairs have tasks of their own, which are numbered and dealt out apart.
+    __device__ static bool is_spare(const KernelParams& p) { return blockIdx.x / kPair >= p.regular_pairs; }
+    __device__ static uint32_t first_task(const KernelParams& p) { return blockIdx.x / kPair - (is_spare(p) ? p.regular_pairs : 0); }
+    __device__ static bool has_spare_segment(const KernelParams& p, int tasks) { return p.spare_chunks > 0 && tasks == p.tasks; }
 
     enum class Phase { kSummaries, kCorrections };   // in the second one, chains that are not cut too
     struct Counts {
@@ -109,13 +116,19 @@ private:
         chain.head = head;
         chain.state_offset = (static_cast<int64_t>(sequence) * p.heads + head) * (kDim * kDim);
         const int chunks = chunks_of(rows.length), units = units_of(tasks), last = segments_of(tasks) - 1;
-        const auto border = [&](int unit) { return border_of(chunks, min(unit, units), units); };
+        const int spare_units = has_spare_segment(p, tasks) ? kSegmentUnits : 0, first_spare = kSegmentUnits * spare_segment_of(tasks);
+        const auto border = [&](int unit) {
+            const int spare = min(max(unit - first_spare, 0), spare_units);   // before it
+            return border_of(chunks - spare_units * p.spare_chunks, min(unit, units) - spare, units - spare_units) + spare * p.spare_chunks;
+        };
         const auto tokens = [&](int from, int to) {   // up to before the last of these chunks; returns how many
             chain.first_row = rows.first + from * kChunk;
             return min(to * kChunk, rows.length) - from * kChunk;
         };
-        const int begin = border(kSegmentUnits * last), own_tasks = units - kSegmentUnits * last, share = final_share(chunks - begin, own_tasks, last + 1);
-        chain.readers = tasks + (share > 0);
+        const int begin = border(kSegmentUnits * last), own_tasks = units - kSegmentUnits * last;
+        const int share = spare_units > 0 ? 0 : final_share(chunks - begin, own_tasks, last + 1);
+        chain.readers = tasks + (share > 0) - (spare_units > 0);
+        chain.spare_segment = spare_units > 0 ? spare_segment_of(tasks) : tasks;
         if (tasks == 1) {
             chain.length = tokens(0, chunks);
             chain.from = From::kInitialState;
@@ -128,7 +141,8 @@ private:
             chain.from = segment == 0 ? From::kInitialState : matrix ? From::kIdentity : From::kZero;
             chain.to = matrix ? To::kM : To::kHandover;
         } else {
-            const int unit = kSegmentUnits + task;   // the final state's is behind all tokens
+            const bool corrects_spare = spare_units > 0 && task == tasks - 1 && part == 0;
+            const int unit = corrects_spare ? first_spare : kSegmentUnits + task;   // the final state's is behind all tokens
             const bool final = unit == units && (part == 1 || share == 0);
             chain.from = From::kSummaries;
             chain.to = final ? To::kFinalState : To::kNowhere;
@@ -138,8 +152,8 @@ private:
                 return i <= 0 ? border(unit) : i > own_tasks ? chunks : begin + (chunks - begin - share) * i / own_tasks;
             };
             if (!final)
-                chain.corrected = tokens(cut(unit), cut(unit + 1));
-            goes_on = unit == units && !final;
+                chain.corrected = tokens(cut(unit), cut(unit + (corrects_spare ? kSegmentUnits : 1)));
+            goes_on = task == tasks - 1 && !final;
         }
         if (first_handover + handovers_of(tasks) > p.workspace.count) {   // only where cu_seqlens is not what it should be
             chain = {};
@@ -222,7 +236,9 @@ __device__ __forceinline__ int pieces_of(const Chain& chain) { return chain.comp
 __device__ __forceinline__ Handover* summary_of(const Chain& chain, int segment) { return &chain.handovers[2 * segment - 1]; }
 
 // Who wants them: its own units, to be corrected, and what comes after these.
-__device__ __forceinline__ int fetches_of(const Chain& chain, int segment) { return chain.readers - kSegmentUnits * (segment - 1); }
+__device__ __forceinline__ int fetches_of(const Chain& chain, int segment) {
+    return chain.readers - kSegmentUnits * (segment - 1) + (segment > chain.spare_segment);   // which is corrected at once
+}
 
 // Of the segments up to this one, the part that each warp leaves of a summary, and of what it read, and that this CTA wants, by a lane each; `does`
 // gets the word and how often the part is fetched.

@@ -32,6 +32,10 @@ constexpr int border_of(int chunks, int unit, int units) {
     return chunks / units * unit + (left_over > 0 ? left_over : 0);
 }
 
+// Where some pairs are left over when every other one has a task in either phase, these spare ones find the summaries of a shorter segment of each
+// chain, the last one that has two units. The pair that finds the final state corrects it, all at once.
+constexpr int spare_segment_of(int tasks) { return (tasks - 1) / 2; }
+
 // Of two segments, the last one's outputs are corrected by its own tasks, one a unit, and by the pair that finds the final state. That one has
 // so many chunks less to do: what it takes to fetch, to compose, and to store.
 constexpr int kFinalChunks = 21;

@@ -97,7 +97,8 @@ void run_grid(uint32_t ctas, int ctas_a_cluster, int threads, uint64_t seed) {
 extern "C" const char* emulate_fwd(const void* q, const void* k, const void* v, const void* g, const void* beta, void* out, const float* A_log,
                                    const float* dt_bias, const void* initial_state, void* final_state, const int64_t* cu_seqlens,
                                    int64_t num_sequences, int64_t tokens, int64_t heads, int state_is_fp32, float scale,
-                                   float lower_bound, int sharing_index, int ctas, int tasks, int least_chunks, int handovers, uint64_t seed) {
+                                   float lower_bound, int sharing_index, int ctas, int tasks, int least_chunks, int spare_pairs, int spare_chunks,
+                                   int handovers, uint64_t seed) {
     using namespace flash_kda::sm90;
     const int64_t rows = cu_seqlens ? tokens : num_sequences * tokens;
     KernelParams p{};
@@ -127,6 +128,8 @@ extern "C" const char* emulate_fwd(const void* q, const void* k, const void* v, 
     p.num_sequences = static_cast<uint32_t>(num_sequences);
     p.tasks = tasks;
     p.least_chunks = least_chunks;
+    p.regular_pairs = static_cast<uint32_t>(ctas / kPair - spare_pairs);
+    p.spare_chunks = spare_chunks;
     std::vector<Handover> workspace(handovers + 1);   // one to be left alone
     memset(static_cast<void*>(workspace.data()), 0xff, workspace.size() * sizeof(Handover));
     p.workspace = {workspace.data(), static_cast<uint32_t>(handovers), 0x123456780000};
