@@ -16,7 +16,7 @@ namespace {
 // Numbers of chains are counted in 32 bits, coordinates of a tensor map in 31.
 constexpr int64_t kMax31 = std::numeric_limits<int32_t>::max();
 
-constexpr int kNextTaskChunks = 5;   // a spare pair's next task takes so many chunks to begin and to end
+constexpr int kNextTaskChunks = 9;   // a spare pair's next task takes so many chunks to begin and to end
 constexpr int kFewChains = 16;   // an SM: with more, even a long one is no hurry
 
 [[noreturn]] void too_many(const char* what, int64_t a, int64_t b) {

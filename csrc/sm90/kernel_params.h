@@ -14,8 +14,12 @@ namespace flash_kda::sm90 {
 // How states go from one CTA to others: by their two warpgroups' threads, each its own registers.
 struct Handover {
     union {
-        float4 state[kHalves][kHalf * kDim / kWarpgroup / 4][kWarpgroup];
-        __half matrix[kBlocks][kHalves][16 * kHalf];   // or a segment's M: see segments.cuh
+        float4 state[kHalves][kStateRegisters / 4][kWarpgroup];
+        struct {   // or a segment's B, or its M, in fp16: see segments.cuh
+            uint4 B[kHalves][kStateRegisters / 8][kWarpgroup];
+            float2 powers[kHalves][kWarpgroup];   // of two that B's rows are short of
+        };
+        __half M[kBlocks][kHalves][16 * kHalf];
     };
     uint64_t left[kHalves * 4];   // the ticket, once a warp has left its part, and one more for each fetch of it
 };

@@ -332,6 +332,12 @@ __device__ __forceinline__ uint32_t multiply_bf16(uint32_t a, uint32_t b) {
     return d;
 }
 
+__device__ __forceinline__ float2 unpack_fp16(uint32_t pair) {
+    float2 d;
+    asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}\n" : "=f"(d.x), "=f"(d.y) : "r"(pair));
+    return d;
+}
+
 __device__ __forceinline__ float low_bf16(uint32_t pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float high_bf16(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
 

@@ -390,8 +390,10 @@ __device__ __forceinline__ void recur_chains(const KernelParams& p, SharedStorag
             store_state(p, chain, rank(), S);
         } else if constexpr (!kSegments) {
             leave_state(*behind_span, p.workspace.ticket, rank(), S);
+        } else if (chain.to == To::kB) {
+            leave_B(*chain.handover, p.workspace.ticket, rank(), S);
         } else if (chain.to == To::kM) {
-            leave_matrix(*chain.handover, p.workspace.ticket, rank(), smem.out[warp][0], S);
+            leave_M(*chain.handover, p.workspace.ticket, rank(), smem.out[warp][0], S);
         } else if (chain.to != To::kNowhere) {
             leave_state(*chain.handover, p.workspace.ticket, rank(), S);
         }

@@ -110,7 +110,7 @@ __device__ __forceinline__ void find_span(const KernelParams& p, Span& span) {
 }
 
 enum class From { kInitialState, kHandover, kZero, kIdentity, kSummaries };
-enum class To { kFinalState, kHandover, kM, kNowhere };
+enum class To { kFinalState, kHandover, kB, kM, kNowhere };
 
 // A chain, or a part of one.
 struct Chain {

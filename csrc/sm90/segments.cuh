@@ -139,7 +139,7 @@ private:
             chain.length = tokens(border(kSegmentUnits * segment), border(kSegmentUnits * (segment + 1)));
             chain.handover = chain.handovers + (segment == 0 ? 0 : 2 * segment - 1 + matrix);
             chain.from = segment == 0 ? From::kInitialState : matrix ? From::kIdentity : From::kZero;
-            chain.to = matrix ? To::kM : To::kHandover;
+            chain.to = segment == 0 ? To::kHandover : matrix ? To::kM : To::kB;
         } else {
             const bool corrects_spare = spare_units > 0 && task == tasks - 1 && part == 0;
             const int unit = corrects_spare ? first_spare : kSegmentUnits + task;   // the final state's is behind all tokens
@@ -177,12 +177,49 @@ __device__ __forceinline__ void count_fetch(uint64_t* left, uint64_t ticket, int
     atomic_count(reinterpret_cast<uint32_t*>(left), static_cast<uint32_t>(ticket) + fetches - 1);
 }
 
+// The greatest power of two in each of the lane's two rows of the state; zero where that is zero.
+__device__ __forceinline__ void find_powers(const float (&S)[kStateRegisters], float (&powers)[2]) {
+    const int lane = threadIdx.x % 32;
+    for (int h = 0; h < 2; ++h) {
+        float most = 0.0f;
+        for (int i = 2 * h; i < kStateRegisters; i += 4)
+            most = fmaxf(most, fmaxf(fabsf(S[i]), fabsf(S[i + 1])));
+        for (int d = 1; d < 4; d *= 2)
+            most = fmaxf(most, __shfl_sync(~0u, most, lane ^ d));
+        powers[h] = __uint_as_float(__float_as_uint(most) & 0x7f800000);
+    }
+}
+
+// Rows over their powers. Zero stays zero: what a power of zero has for an inverse is finite.
+__device__ __forceinline__ void pack_rows(const float (&S)[kStateRegisters], const float (&powers)[2], uint32_t (&S_h)[kStateRegisters / 2]) {
+    for (int i = 0; i < kStateRegisters / 2; ++i) {
+        const float inverse = __uint_as_float(0x7f000000 - __float_as_uint(powers[i % 2]));
+        S_h[i] = pack_fp16(S[2 * i] * inverse, S[2 * i + 1] * inverse);
+    }
+}
+
+// Nobody but the same warp of other pairs wants a warp's part of B. In fp16, each row over its own power of two: whatever its size, an element is
+// rounded by at most 2^-11 of itself, or 2^-24 of the row's greatest.
+__device__ __forceinline__ void leave_B(Handover& summary, uint64_t ticket, int half, const float (&S)[kStateRegisters]) {
+    const int thread = thread_index() % kWarpgroup;
+    float powers[2];
+    find_powers(S, powers);
+    summary.powers[half][thread] = {powers[0], powers[1]};
+    uint32_t S_h[kStateRegisters / 2];
+    pack_rows(S, powers, S_h);
+    for (int i = 0; i < kStateRegisters / 8; ++i)
+        summary.B[half][i][thread] = {S_h[4 * i], S_h[4 * i + 1], S_h[4 * i + 2], S_h[4 * i + 3]};
+    __syncwarp();   // a release is for all that the warp has written
+    if (thread % 32 == 0)
+        store_release(&summary.left[half * 4 + thread / 32], ticket);
+}
+
 // M, whose rows are those of the state, in blocks of 16 rows, a warp's own, as two HalfTiles, but of fp16: no product of (I - beta k k') and
 // decays has an element greater than 1. By tiles [16, 16] through `patch`, the warp's, two at a time: written from the registers, a row would
 // come in pieces of 4 bytes.
-__device__ __forceinline__ void leave_matrix(Handover& summary, uint64_t ticket, int half, bf16* patch, const float (&S)[kStateRegisters]) {
+__device__ __forceinline__ void leave_M(Handover& summary, uint64_t ticket, int half, bf16* patch, const float (&S)[kStateRegisters]) {
     const int warp = half * 4 + thread_index() % kWarpgroup / 32, lane = thread_index() % 32, row = lane / 2;
-    auto& block = summary.matrix[warp];
+    auto& block = summary.M[warp];
     const auto unit = [&](int t, int u) { return smem_address(patch) + (2 * t + (u ^ (t / 4 % 2))) * 16; };   // as OutputWriter's
     const uint32_t store_address = unit(lane % 16, lane / 16), load_address = unit(row, lane % 2);
     constexpr int kTiles = 2, kTileBytes = 16 * 16 * 2;
@@ -221,13 +258,13 @@ __device__ __forceinline__ uint64_t* fetch_state(Handover& summary, uint64_t tic
     return left;
 }
 
-// A summary passes through the stages of the CTA's own chunks in pieces: M, and behind it B, of the CTA's half, in units of 16 rows of M, up to
-// three a stage. So do the outputs to be corrected, and Y.
+// A summary passes through the stages of the CTA's own chunks in pieces: M, and behind it B, of the CTA's half, in units of 16 rows of M, three
+// a stage. So do the outputs to be corrected, and Y.
 constexpr int kUnitBytes = kHalves * kHalfTileBytes, kStageUnits = static_cast<int>(sizeof(Stage)) / kUnitBytes;
-constexpr int kUnitLoads = kUnitBytes / static_cast<int>(kWarpgroup * sizeof(float4));   // float4s a thread
-constexpr int kStateUnits = kStateRegisters / 4 / kUnitLoads, kSummaryUnits = kBlocks + kStateUnits;
-constexpr int kSummaryPieces = (kSummaryUnits + kStageUnits - 1) / kStageUnits;
-static_assert(sizeof(Stage) % kUnitBytes == 0 && sizeof(Handover::matrix) == kBlocks * kUnitBytes);
+constexpr int kUnitLoads = kUnitBytes / static_cast<int>(kWarpgroup * sizeof(uint4));   // uint4s a thread
+constexpr int kStateUnits = kStateRegisters / 8 / kUnitLoads, kSummaryUnits = kBlocks + kStateUnits;
+constexpr int kSummaryPieces = kSummaryUnits / kStageUnits;
+static_assert(sizeof(Stage) % kUnitBytes == 0 && kSummaryUnits % kStageUnits == 0 && sizeof(Handover::M) == kBlocks * kUnitBytes);
 
 __device__ __forceinline__ int correction_pieces(const Chain& chain) { return (chain.corrected + kCorrected - 1) / kCorrected; }
 __device__ __forceinline__ int pieces_of(const Chain& chain) { return chain.compositions * kSummaryPieces + correction_pieces(chain); }
@@ -276,51 +313,38 @@ __device__ __forceinline__ void arrive_with_piece(uint64_t& ready, int bytes) {
 // Called by one thread.
 __device__ __forceinline__ void load_summary_piece(const Chain& chain, int segment, int piece, Stage& stage, uint64_t& ready) {
     const Handover* const summary = summary_of(chain, segment);
-    const char* const B = reinterpret_cast<const char*>(summary[0].state[blockIdx.x % kPair]);
-    const char* const M = reinterpret_cast<const char*>(summary[1].matrix);
-    const int first = piece * kStageUnits, units = min(kSummaryUnits - first, kStageUnits), of_M = min(max(kBlocks - first, 0), units);
-    arrive_with_piece(ready, units * kUnitBytes);
+    const char* const B = reinterpret_cast<const char*>(summary[0].B[blockIdx.x % kPair]);
+    const char* const M = reinterpret_cast<const char*>(summary[1].M);
+    const int first = piece * kStageUnits, of_M = min(max(kBlocks - first, 0), kStageUnits);
+    arrive_with_piece(ready, sizeof(Stage));
     if (of_M > 0)
         bulk_load(&stage, M + first * kUnitBytes, of_M * kUnitBytes, ready);
-    if (of_M < units)
-        bulk_load(reinterpret_cast<char*>(&stage) + of_M * kUnitBytes, B + (first + of_M - kBlocks) * kUnitBytes, (units - of_M) * kUnitBytes, ready);
+    if (of_M < kStageUnits)
+        bulk_load(reinterpret_cast<char*>(&stage) + of_M * kUnitBytes, B + (first + of_M - kBlocks) * kUnitBytes, (kStageUnits - of_M) * kUnitBytes, ready);
 }
 
-// The greatest power of two in each of the lane's two rows of the state; zero where that is zero.
-__device__ __forceinline__ void find_powers(const float (&S)[kStateRegisters], float (&powers)[2]) {
-    const int lane = threadIdx.x % 32;
-    for (int h = 0; h < 2; ++h) {
-        float most = 0.0f;
-        for (int i = 2 * h; i < kStateRegisters; i += 4)
-            most = fmaxf(most, fmaxf(fabsf(S[i]), fabsf(S[i + 1])));
-        for (int d = 1; d < 4; d *= 2)
-            most = fmaxf(most, __shfl_sync(~0u, most, lane ^ d));
-        powers[h] = __uint_as_float(__float_as_uint(most) & 0x7f800000);
-    }
-}
-
-// The state before a segment, or behind the last one. A product takes S in fp16, each row over its own power of two: whatever its size, an element
-// is rounded by at most 2^-11 of itself, or 2^-24 of the greatest. `number` of the next stage of the CTA's own, and `release` gives one back.
+// The state before a segment, or behind the last one. A product takes S in fp16, as B is left. `number` of the next stage of the CTA's own, and
+// `release` gives one back.
 template <class Release>
 __device__ __forceinline__ void compose(const KernelParams& p, SharedStorage& smem, const Chain& chain, uint32_t number, Release release,
                                         float (&S)[kStateRegisters]) {
     const int thread = thread_index() % kWarpgroup;
     uint64_t* const left = fetch_state(chain.handovers[0], p.workspace.ticket, blockIdx.x % kPair, S);
-    for (int compositions = chain.compositions; compositions > 0; --compositions) {
+    for (int segment = 1; segment <= chain.compositions; ++segment) {
         float powers[2];
+        float2 powers_of_B;
         find_powers(S, powers);
         uint32_t S_h[kStateRegisters / 2];
-        for (int i = 0; i < kStateRegisters / 2; ++i) {
-            const float inverse = __uint_as_float(0x7f000000 - __float_as_uint(powers[i % 2]));
-            S_h[i] = pack_fp16(S[2 * i] * inverse, S[2 * i + 1] * inverse);
-        }
+        pack_rows(S, powers, S_h);
         fence_operands(S);
 #pragma unroll
         for (int piece = 0; piece < kSummaryPieces; ++piece, ++number) {
             const Turn<kOwnStages> own(number);
             const uint32_t stage = smem_address(&smem.stages[own.slot]);
-            const int first = piece * kStageUnits, end = min(first + kStageUnits, kSummaryUnits);
+            const int first = piece * kStageUnits, end = first + kStageUnits;
             mbarrier_wait(smem_address(&smem.ready[own.slot]), own.parity);
+            if (first == 0)   // not before load knows that it has been left
+                powers_of_B = summary_of(chain, segment)->powers[blockIdx.x % kPair][thread];
             if (first < kBlocks) {
                 cute::warpgroup_arrive();
                 for (int block = first; block < min(end, kBlocks); ++block) {
@@ -336,10 +360,15 @@ __device__ __forceinline__ void compose(const KernelParams& p, SharedStorage& sm
                     release(Turn<kOwnStages>(number - before).slot);
             }
             for (int i = (max(first, kBlocks) - kBlocks) * kUnitLoads; i < (end - kBlocks) * kUnitLoads; ++i) {
-                const float4 B = load_shared_float4(stage + ((i - (first - kBlocks) * kUnitLoads) * kWarpgroup + thread) * 16);
-                float* const s = S + 4 * i;
-                s[0] = fmaf(s[0], powers[0], B.x), s[1] = fmaf(s[1], powers[0], B.y);
-                s[2] = fmaf(s[2], powers[1], B.z), s[3] = fmaf(s[3], powers[1], B.w);
+                const uint4 x = load_shared_16_bytes(stage + ((i - (first - kBlocks) * kUnitLoads) * kWarpgroup + thread) * 16);
+                const uint32_t pairs[4] = {x.x, x.y, x.z, x.w};
+                for (int j = 0; j < 4; ++j) {
+                    const float2 B = unpack_fp16(pairs[j]);
+                    const float power = j % 2 == 0 ? powers_of_B.x : powers_of_B.y;
+                    float* const s = S + 8 * i + 2 * j;
+                    s[0] = fmaf(s[0], powers[j % 2], B.x * power);
+                    s[1] = fmaf(s[1], powers[j % 2], B.y * power);
+                }
             }
             release(own.slot);
         }

@@ -291,6 +291,7 @@ inline uint32_t pack_fp16(float low, float high) { return emulator::to_fp16(low)
 inline uint32_t multiply_bf16(uint32_t a, uint32_t b) {
     return pack_bf16(emulator::from_bf16(a) * emulator::from_bf16(b), emulator::from_bf16(a >> 16) * emulator::from_bf16(b >> 16));
 }
+inline float2 unpack_fp16(uint32_t pair) { return {emulator::from_fp16(pair), emulator::from_fp16(pair >> 16)}; }
 inline float low_bf16(uint32_t pair) { return __uint_as_float(pair << 16); }
 inline float high_bf16(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
 
