@@ -42,9 +42,10 @@ Work serial_work(const Lengths& lengths, int64_t heads, int64_t pairs) {
 
 Work segmented_work(const Lengths& lengths, int64_t heads, int64_t all_pairs, const Plan& plan) {
     const auto tasks = [&](int chunks) { return sm90::tasks_of(chunks, plan.least_chunks, plan.tasks); };
-    const auto segment = [&](int chunks) -> double {   // chunks of a regular one
+    const auto segment = [&](int chunks) -> int {   // chunks of the longest one
         const int spare_units = tasks(chunks) == plan.tasks && plan.spare_chunks > 0 ? sm90::kSegmentUnits : 0;
-        return static_cast<double>(chunks - spare_units * plan.spare_chunks) * sm90::kSegmentUnits / (sm90::units_of(tasks(chunks)) - spare_units);
+        const int regular_chunks = chunks - spare_units * plan.spare_chunks, units = sm90::units_of(tasks(chunks)) - spare_units;
+        return sm90::kSegmentUnits * (regular_chunks / units) + std::min(regular_chunks % units, sm90::kSegmentUnits);
     };
     struct Tasks {
         int64_t count;   // of a chain
@@ -64,7 +65,7 @@ Work segmented_work(const Lengths& lengths, int64_t heads, int64_t all_pairs, co
     };
     const auto summaries = [&](int chunks) -> Tasks {
         const int n = tasks(chunks);
-        return {n > 1 ? n : 0, segment(chunks) + sm90::kStateChunks};
+        return {n > 1 ? n : 0, static_cast<double>(segment(chunks) + sm90::kStateChunks)};
     };
     const auto whole = [&](int chunks) -> Tasks { return {tasks(chunks) == 1, static_cast<double>(chunks) + sm90::kStateChunks}; };
     const auto corrected = [&](int chunks) -> double {   // chunks

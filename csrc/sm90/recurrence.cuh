@@ -110,10 +110,8 @@ class OutputWriter {
 public:
     __device__ OutputWriter(bf16* patch, int64_t row_stride, int lane)
         : token(lane / 2), chunk_stride(kChunk * row_stride), lane_offset(token * row_stride + lane % 2 * 8) {
-        // 16-byte unit u of token t lies at u ^ (t / 4 % 2): eight rows of 32 bytes then meet all banks.
-        const auto unit = [&](int t, int u) { return smem_address(patch) + (2 * t + (u ^ (t / 4 % 2))) * 16; };
-        store_address = resident(unit(lane % 8 + lane / 16 * 8, lane / 8 % 2));
-        load_address = resident(unit(token, lane % 2));
+        store_address = resident(patch_address(patch, lane % 8 + lane / 16 * 8, lane / 8 % 2));
+        load_address = resident(patch_address(patch, token, lane % 2));
     }
 
     // To a chain's first token, less a chunk: `store` is called once more than there are chunks.
@@ -145,7 +143,7 @@ private:
     bf16* destination;
 };
 
-// The outputs of a segment that was done from zero, O' += S Y', with the state before it: see segments.cuh. `number` of the next stage of the
+// What outputs there are to correct of a segment that was done from zero, O' += S Y', with the state before it: see segments.cuh. `number` of the next stage of the
 // CTA's own, and `release` gives one back.
 template <class Release>
 __device__ __forceinline__ void correct(SharedStorage& smem, const Chain& chain, uint32_t number, OutputWriter& writer, Release release,
@@ -167,8 +165,7 @@ __device__ __forceinline__ void correct(SharedStorage& smem, const Chain& chain,
         for (int chunk = 0; chunk < 2; ++chunk)
             writer.store(x[chunk], left - chunk * kChunk);
     };
-    if (chain.corrected > 0)
-        await_piece(number);
+    await_piece(number);
     for (int left = chain.corrected; left > 0; left -= kCorrected, ++number) {
         const uint32_t slot = Turn<kOwnStages>(number).slot;
         float O[16];
@@ -193,8 +190,7 @@ __device__ __forceinline__ void correct(SharedStorage& smem, const Chain& chain,
         for (int i = 0; i < 8; ++i)
             done[i / 4][i % 4] = pack_bf16(O[2 * i] * kStateUp, O[2 * i + 1] * kStateUp);
     }
-    if (chain.corrected > 0)
-        store((chain.corrected - 1) % kCorrected + 1);
+    store((chain.corrected - 1) % kCorrected + 1);
 }
 
 template <Sharing kSharing>
@@ -243,9 +239,11 @@ __device__ __forceinline__ void recur_chains(const KernelParams& p, SharedStorag
             if (chain.from == From::kSummaries) {
                 const uint32_t piece = (number + 1 - rank()) / kPair + pieces;
                 compose(p, smem, chain, piece, release_piece, S);
-                places = find_places(true);   // a composition leaves them no registers
-                places.writer.seek(outputs_of(p.out, chain.first_row + kChunk));
-                correct(smem, chain, piece + chain.compositions * kSummaryPieces, places.writer, release_piece, S);
+                if (chain.corrected > 0) {
+                    places = find_places(true);   // a composition leaves them no registers
+                    places.writer.seek(outputs_of(p.out, chain.first_row + kChunk));
+                    correct(smem, chain, piece + chain.compositions * kSummaryPieces, places.writer, release_piece, S);
+                }
                 pieces += pieces_of(chain);
             }
             values = __any_sync(~0u, has_values(chain));

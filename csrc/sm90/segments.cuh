@@ -214,14 +214,16 @@ __device__ __forceinline__ void leave_B(Handover& summary, uint64_t ticket, int 
         store_release(&summary.left[half * 4 + thread / 32], ticket);
 }
 
+// Where unit `u`, of 16 bytes, of row `row` lies in a warp's patch, [16, 16] bf16 or fp16: eight rows of 32 bytes then meet all banks.
+__device__ __forceinline__ uint32_t patch_address(const bf16* patch, int row, int u) { return smem_address(patch) + (2 * row + (u ^ (row / 4 % 2))) * 16; }
+
 // M, whose rows are those of the state, in blocks of 16 rows, a warp's own, as two HalfTiles, but of fp16: no product of (I - beta k k') and
 // decays has an element greater than 1. By tiles [16, 16] through `patch`, the warp's, two at a time: written from the registers, a row would
 // come in pieces of 4 bytes.
 __device__ __forceinline__ void leave_M(Handover& summary, uint64_t ticket, int half, bf16* patch, const float (&S)[kStateRegisters]) {
     const int warp = half * 4 + thread_index() % kWarpgroup / 32, lane = thread_index() % 32, row = lane / 2;
     auto& block = summary.M[warp];
-    const auto unit = [&](int t, int u) { return smem_address(patch) + (2 * t + (u ^ (t / 4 % 2))) * 16; };   // as OutputWriter's
-    const uint32_t store_address = unit(lane % 16, lane / 16), load_address = unit(row, lane % 2);
+    const uint32_t store_address = patch_address(patch, lane % 16, lane / 16), load_address = patch_address(patch, row, lane % 2);
     constexpr int kTiles = 2, kTileBytes = 16 * 16 * 2;
     for (int first = 0; first < kDim / 16; first += kTiles) {
         __syncwarp();   // what stood in the patch has been read
