@@ -16,7 +16,7 @@ namespace {
 // Numbers of chains are counted in 32 bits, coordinates of a tensor map in 31.
 constexpr int64_t kMax31 = std::numeric_limits<int32_t>::max();
 
-constexpr int kNextTaskChunks = 9;   // a spare pair's next task takes so many chunks to begin and to end
+constexpr int kSecondTaskChunks = 5;   // another task in a phase takes so many chunks more than its own
 constexpr int kFewChains = 16;   // an SM: with more, even a long one is no hurry
 
 [[noreturn]] void too_many(const char* what, int64_t a, int64_t b) {
@@ -65,7 +65,9 @@ Work segmented_work(const Lengths& lengths, int64_t heads, int64_t all_pairs, co
     };
     const auto summaries = [&](int chunks) -> Tasks {
         const int n = tasks(chunks);
-        return {n > 1 ? n : 0, static_cast<double>(segment(chunks) + sm90::kStateChunks)};
+        // Who has both parts of the last one begins twice. So does, in the second phase, who corrects a spare one and finds the final state.
+        const int states = sm90::kStateChunks + kSecondTaskChunks * ((n % 2 == 0) + (plan.spare_pairs > 0));
+        return {n > 1 ? n : 0, static_cast<double>(segment(chunks) + states)};
     };
     const auto whole = [&](int chunks) -> Tasks { return {tasks(chunks) == 1, static_cast<double>(chunks) + sm90::kStateChunks}; };
     const auto corrected = [&](int chunks) -> double {   // chunks
@@ -84,7 +86,7 @@ Work segmented_work(const Lengths& lengths, int64_t heads, int64_t all_pairs, co
 }  // namespace
 
 double Work::microseconds() const {
-    return 4.8 + 0.468 * steps + 1.6 * summaries + 1.12 * compositions + 0.353 * corrections;
+    return 4.17 + 0.4665 * steps + 2.27 * summaries + 1.057 * compositions + 0.3826 * corrections;
 }
 
 Plan make_plan(int64_t num_sequences, int64_t tokens, int64_t heads, bool packed, int num_segments, int sms) {
@@ -145,12 +147,12 @@ Plan make_plan(int64_t num_sequences, int64_t tokens, int64_t heads, bool packed
         return best;
     for (int tasks = 2; tasks <= all_pairs && sm90::units_of(tasks) <= long_one; ++tasks)
         consider(segmented(packed && num_sequences > 1 ? all_pairs : tasks, long_one / sm90::units_of(tasks)));
-    // A pair for every task, and the pairs left over for one segment more of each chain, so long that they are done when the others are: with n tasks
-    // of each, one after the other, n (2 spare_chunks + kNextTaskChunks) = 2 regular_chunks + kStateChunks.
+    // A pair for every task, and the pairs left over for one segment more of each chain, so long that they are done when the others are: with `each`
+    // tasks one after the other, each (2 spare_chunks + kStateChunks) = 2 regular_chunks + kStateChunks.
     for (int tasks = 1; chains * tasks < all_pairs && (!packed || num_sequences == 1); ++tasks) {
         const int64_t spare_pairs = all_pairs - chains * tasks, each = divide_up(chains * sm90::kSegmentUnits, spare_pairs);
         const double regular = static_cast<double>(sm90::kSegmentUnits) / sm90::units_of(tasks);   // a segment, of all chunks but the spare ones
-        const double fit = (regular * chunks + sm90::kStateChunks - each * kNextTaskChunks) / (sm90::kSegmentUnits * (each + regular));
+        const double fit = (regular * chunks - (each - 1) * sm90::kStateChunks) / (sm90::kSegmentUnits * (each + regular));
         const int spare_chunks = std::min(static_cast<int>(fit), chunks / (sm90::units_of(tasks) + sm90::kSegmentUnits));
         if (spare_chunks > 0)
             consider(segmented(tasks + sm90::kSegmentUnits, spare_chunks, spare_pairs, spare_chunks));

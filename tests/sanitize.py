@@ -14,7 +14,9 @@ CALLS = (  # tokens of each sequence, packed, heads, num_segments
     ((70, 70), False, 2, 3),
     ((5, 0, 205), True, 2, 6),
 )
+# As racecheck is slow, these once:
 MANY_CHAINS = ((40, 0, 24, 16), True, 48, 1)  # more than SMs: some are cut, and their states handed over
+PAIRS_LEFT_OVER = ((1700,), False, 24, None)  # on 132 SMs: they have a segment of each chain among them
 
 
 def call(lens, packed, heads, num_segments, state_dtype, in_place):
@@ -44,5 +46,6 @@ if __name__ == "__main__":
     for state_dtype, in_place in STATES:
         for arguments in CALLS:
             call(*arguments, state_dtype, in_place)
-    call(*MANY_CHAINS, torch.float32, True)  # once, as racecheck is slow
+    call(*MANY_CHAINS, torch.float32, True)
+    call(*PAIRS_LEFT_OVER, torch.float32, True)
     print("all variants ran")

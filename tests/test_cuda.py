@@ -75,6 +75,20 @@ def test_uneven_pack(lens, gate, num_segments):
     check(x, *run(x, num_segments=num_segments), truth=long_reference(x), slack=1.5)
 
 
+@pytest.mark.parametrize("gate", ["slow", "mixed", "none"])
+@pytest.mark.parametrize("batch, T, heads", [(1, 2050, 24), (1, 1900, 40), (2, 2050, 12)])
+def test_pairs_left_over_have_a_segment_of_each_chain(batch, T, heads, gate):
+    _C = pytest.importorskip("flash_kda._C")
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    if _C.plan(batch, T, heads, False, 0, sms).spare_pairs == 0:
+        pytest.skip("on this GPU none is left over")
+    x = make([T] * batch, packed=False, heads=heads, gate=gate, device="cuda")
+    out, state = run(x)
+    check(x, out, state, truth=long_reference(x), slack=1.5)
+    again, again_state = run(x, in_place=True)
+    assert same_bits(out, again) and same_bits(state, again_state)
+
+
 @pytest.mark.parametrize("num_segments", [None, 1, 3])
 def test_many_short_sequences(num_segments):
     x = make([37 * n % 41 for n in range(300)], heads=8, device="cuda")

@@ -20,16 +20,15 @@ SHARINGS = ("spans", "segments")  # as csrc/sm90/sharing.h has them
 COMPILER = os.environ.get("CXX") or "g++"
 
 
-def build(folder, change=None, races=False):
+def build(folder, *changes, races=False):
     """The emulated kernel as a library: csrc's headers with the emulator's in place of those that speak to the machine.
 
-    `change`, (file, old, new), is made to the kernel's source before. With `races` it looks for these too: see emulator/races.h.
+    Each change, (file, old, new), is made to the kernel's source before. With `races` it looks for these too: see emulator/races.h.
     """
     folder.mkdir()
     for source in list(SOURCES.glob("*.h")) + list(SOURCES.glob("*.cuh")) + list((HERE / "emulator").glob("*")):
         shutil.copy(str(source), str(folder))
-    if change:
-        file, old, new = change
+    for file, old, new in changes:
         text = (folder / file).read_text()
         assert text.count(old) == 1, "the source has moved on: " + old
         (folder / file).write_text(text.replace(old, new))
@@ -214,7 +213,7 @@ def watched_kernel(kernel, tmp_path_factory):
 WATCHED = [
     ([205, 21], dict(pairs=1)), ([205, 21], dict()), ([150, 0, 1, 110], dict(pairs=3)), ([205, 21], dict(sharing="segments")),
     ([300, 70], dict(sharing="segments", pairs=3, tasks=4)), ([90, 33], dict(sharing="segments", pairs=1, tasks=5)),
-    ([640], dict(sharing="segments", pairs=2, tasks=3)),
+    ([640], dict(sharing="segments", pairs=2, tasks=3)), ([205], dict(sharing="segments", pairs=5, tasks=4, least_chunks=2, spare=(1, 2))),
 ]
 
 
@@ -231,19 +230,22 @@ MISTAKES = {
     "a barrier never reached": (("prepare.cuh", "            mbarrier_arrive(smem_address(&smem.ready[slot]));\n", ""), "locked up"),
     "an arrival too many": (("recurrence.cuh", "free_there + mail.slot * 8, first_lane != 0", "free_there + mail.slot * 8, true"), None),
     "a wrong operand": (("recurrence.cuh", "wgmma<OutputAtom>(O_new, R, z);", "wgmma<OutputAtom>(O_new, R, t);"), None),
-    "a CTA that leaves early": (("fwd_kernel.cuh", "    sync_cluster();   // the other CTA may still speak to this one's shared memory\n", ""), "need not be there"),
     "a descriptor with the CTA's rank": (("matrix_descriptor.h", "(address & 0x3ffff) >> 4", "address >> 4"), None),
     "no padding": (("prepare.cuh", "        if (valid < kChunk)\n            clear_tail(stage, valid);", ""), None),
     "a composition left out": (("segments.cuh", "final ? last : ", "final ? last - 1 : "), None),
     "half of a summary": (("segments.cuh", "has_both_parts(tasks, task) && part == 0;", "false;"), "locked up"),
     "handovers counted wrongly": (("segments.cuh", "until.handovers - own.handovers + head", "head"), None),
     "a fetch of S1 too many": (("segments.cuh", "count_fetch(left, p.workspace.ticket, chain.readers);", "count_fetch(left, p.workspace.ticket, chain.readers + 1);"), "a ticket is left"),
-    "a fetch of a summary too many": (("segments.cuh", "kSegmentUnits * (segment - 1);", "kSegmentUnits * (segment - 1) + 1;"), "a ticket is left"),
-    "a fetch of a summary too few": (("segments.cuh", "kSegmentUnits * (segment - 1);", "kSegmentUnits * (segment - 1) - 1;"), "locked up|a ticket is left"),
+    "a fetch of a summary too many": (("segments.cuh", "+ (segment > chain.spare_segment);", "+ 1 + (segment > chain.spare_segment);"), "a ticket is left"),
+    "a fetch of a summary too few": (("segments.cuh", "+ (segment > chain.spare_segment);", "- 1 + (segment > chain.spare_segment);"), "locked up|a ticket is left"),
+    "fetches behind a spare segment counted as if it were a regular one": (("segments.cuh", "+ (segment > chain.spare_segment);", ";"), "locked up|a ticket is left"),
+    "a spare segment only half corrected": (("segments.cuh", "(corrects_spare ? kSegmentUnits : 1)", "1"), None),
+    "rows of B over another row's power": (("segments.cuh", "j % 2 == 0 ? powers_of_B.x : powers_of_B.y", "powers_of_B.x"), None),
     "a correction of other tokens": (("load.cuh", "load_box<false>(p.Y_map, ready, stage.kq[0][0], row,", "load_box<false>(p.Y_map, ready, stage.kq[0][0], row + 1,"), None),
     "no correction": (("recurrence.cuh", "wgmma<StepAtom>(O, S_b + 4 * s, Y", "if (false) wgmma<StepAtom>(O, S_b + 4 * s, Y"), None),
 }
 CUT = dict(sharing="segments", tasks=6, pairs=3)
+SPARE = dict(sharing="segments", tasks=4, least_chunks=2, pairs=4, spare=(2, 2))  # the last one is cut into the first segment, a spare one and a half one
 
 
 @pytest.mark.parametrize("name", MISTAKES)
@@ -252,8 +254,17 @@ def test_a_mistake_is_found(kernel, tmp_path, name):
     x = make([21, 90, 205], heads=1)  # the last two are cut, into three segments and into four
     mistaken = build(tmp_path / "mistake", change)
     with pytest.raises((AssertionError, RuntimeError), match=message):
-        for options in (dict(), CUT):
+        for options in (dict(), CUT, SPARE):
             check(x, *run(mistaken, x, **options), path="cuda", slack=1.5)
+
+
+def test_a_cta_that_leaves_early_is_found(tmp_path):
+    """Without waiting for what the other one has still to say, which is late."""
+    arrival = "                __syncwarp();   // every lane has read the copy\n"
+    mistaken = build(tmp_path / "mistake", ("load.cuh", "        await(ahead);\n", "        ;\n"),
+                     ("recurrence.cuh", arrival, arrival + "for (int i = 0; i < 100 * rank(); ++i) __syncwarp();\n"))
+    with pytest.raises(RuntimeError, match="is not there any more"):
+        run(mistaken, make([33], heads=1))
 
 
 def test_a_neighbours_values_are_found(kernel, tmp_path):
@@ -267,13 +278,14 @@ def test_a_neighbours_values_are_found(kernel, tmp_path):
 
 def test_without_a_mistake_nothing_is_found(kernel):
     x = make([21, 90, 205], heads=1)
-    check(x, *run(kernel, x, **CUT), path="cuda", slack=1.5)
+    for options in (CUT, SPARE):
+        check(x, *run(kernel, x, **options), path="cuda", slack=1.5)
 
 
 RACES = {
     "lanes not waited for": (("prepare.cuh", "        __syncwarp();\n\n        // Row i", "        // Row i"), "a (write after a read|read after a write)"),
     "a stage released too early": (("recurrence.cuh", "                __syncwarp();   // every lane has read the copy\n", ""), "a write after a read.* copy engine"),
-    "the other CTA's stages not waited for": (("load.cuh", "            mbarrier_wait(smem_address(&smem.free[mail.slot]), mail.parity ^ 1);   // passes in the first turn\n", ""), ""),
+    "the other CTA's stages not waited for": (("load.cuh", "kOwnStages + await_room(0);", "kOwnStages + Turn<kMailStages>(number).slot;"), ""),
     "values not waited for": (("load.cuh", "            mbarrier_wait(smem_address(&smem.values_empty[turn.slot]), turn.parity ^ 1);\n", ""), ""),
     "no proxy fence": (("prepare.cuh", "            fence_async_proxy();\n", ""), "no proxy fence"),
     "no proxy fence before summaries": (("segments.cuh", "    fence_async_proxy_global();\n", ""), "no proxy fence"),

@@ -81,17 +81,46 @@ def test_forced_segments(num_sequences, tokens, heads, packed, num_segments, seg
     (6400, 2, 18, 2, 17),  # two for some
 ])
 def test_what_the_busiest_pair_does(tokens, heads, num_segments, rounds, compositions):
-    """A summary and its states, 9 chunks; the final state's compositions; and its share of all pieces of outputs."""
+    """A summary of the longest segment and its states, 9 chunks; the final state's compositions; and its share of all pieces of outputs."""
     work = _C.plan(1, tokens, heads, False, num_segments, SMS).work
-    assert work.steps == pytest.approx(rounds * (400 / num_segments + 9))
+    segment = longest_segment(400, 2 * num_segments)
+    assert work.steps == pytest.approx(rounds * (segment + 9))
     assert (work.summaries, work.compositions) == (1, compositions)
-    assert work.corrections == pytest.approx(heads * 200 * (num_segments - 1) / num_segments / (SMS / 2))
+    assert work.corrections == pytest.approx(heads * (400 - segment) / 2 / (SMS / 2))
+
+
+def longest_segment(chunks, units):
+    """Of two units, which differ by a chunk at most."""
+    return 2 * (chunks // units) + min(chunks % units, 2)
 
 
 def test_a_pair_may_have_both_parts_of_a_summary():
-    plan = _C.plan(1, 65536, 8, False, FREE, SMS)  # eight pairs a chain
-    assert plan.tasks == 8 and plan.segments == 5
-    assert plan.work.steps == pytest.approx(4096 * 2 / 9 + 9)
+    plan = _C.plan(1, 8192, 16, False, FREE, SMS)  # four pairs a chain
+    assert (plan.tasks, plan.segments, plan.spare_pairs) == (4, 3, 0)
+    assert plan.work.steps == longest_segment(512, 5) + 9 + 5  # which begins twice
+
+
+@pytest.mark.parametrize("tokens, heads, packed", [(8192, 24, False), (32768, 12, True), (65536, 8, False), (8192, 40, False)])
+def test_pairs_left_over_have_a_segment_of_each_chain_among_them(tokens, heads, packed):
+    plan = _C.plan(1, tokens, heads, packed, FREE, SMS)
+    regular = plan.tasks - 2  # of a chain
+    assert plan.grid == SMS and regular * heads + plan.spare_pairs == SMS // 2 and plan.spare_pairs > 0
+    segment = longest_segment(tokens // 16 - 2 * plan.spare_chunks, regular + 1)
+    tasks = -(-2 * heads // plan.spare_pairs)
+    spare = tasks * (2 * plan.spare_chunks + 9)  # B and M of each of these segments, one after the other
+    assert segment - 2 * tasks <= spare <= segment + 9  # neither late nor idle
+    assert plan.work.steps == segment + 9 + (5 if regular % 2 == 0 else 0) + 5
+    assert plan.work.compositions == plan.segments - 1
+    assert plan.work.microseconds < _C.plan(1, tokens, heads, False, plan.segments, SMS).work.microseconds
+
+
+@pytest.mark.parametrize("num_sequences, tokens, heads, packed, num_segments", [
+    (1, 8192, 24, False, 3), (1, 8192, 24, False, SERIAL), (2, 16384, 12, True, FREE), (1, 8192, 64, False, FREE), (1, 1024, 4, False, FREE),
+])
+def test_no_pair_is_spare(num_sequences, tokens, heads, packed, num_segments):
+    """Of a pack no length is known; in the last two nearly all pairs have a chain, and so few that a segment more would cost more than it saves."""
+    plan = _C.plan(num_sequences, tokens, heads, packed, num_segments, SMS)
+    assert (plan.spare_pairs, plan.spare_chunks) == (0, 0)
 
 
 @pytest.mark.parametrize("num_segments", [FREE, 2, 3, 50])

@@ -51,8 +51,8 @@ __global__ void __launch_bounds__(kCtaThreads, 1) fwd_kernel(const __grid_consta
         find_span(p, smem.span);
         __syncthreads();
     }
-    // Each role meets the cluster before it looks at a barrier. A CTA ends when all that the other one says to it has been said: its loading warps
-    // see to that.
+    // Each role meets the cluster before it looks at a barrier. A CTA ends when the other one has said to it all that it will: its
+    // loading warps wait for that.
     if (warp >= kLoader) {
         give_back_registers<kLoadRegisters>();
         if (warp == kLoader)

@@ -42,6 +42,14 @@ __device__ __forceinline__ void load_correction_piece(const KernelParams& p, con
 // what the recurrence needs before it can take that chunk.
 __device__ __forceinline__ void await_first_chunk(SharedStorage& smem) { mbarrier_wait(smem_address(&smem.loaded[0]), 0); }
 
+// Before a CTA may end: until all slots are empty.
+template <int kSlots, class Await>
+__device__ __forceinline__ void await_all(Await await) {
+#pragma unroll 1
+    for (int ahead = 0; ahead < kSlots; ++ahead)
+        await(ahead);
+}
+
 // What this CTA prepares: every other chunk, counted through all its chains; and pieces, of its half of the state. The warp that finds the chains:
 // the first chunk of a launch is on its way before the CTAs have met.
 template <Sharing kSharing>
@@ -91,9 +99,7 @@ __device__ __forceinline__ void load_chunks(const KernelParams& p, SharedStorage
         }
         begun += chunks;
     }
-#pragma unroll 1
-    for (int ahead = 0; ahead < kOwnStages; ++ahead)   // until all stages have been given back, from both CTAs
-        await_stage(ahead);
+    await_all<kOwnStages>(await_stage);   // given back, from both CTAs
 }
 
 // What is prepared here, for the other CTA of the pair: once it is ready here, and there is room there.
@@ -136,9 +142,7 @@ __device__ __forceinline__ void mail_chunks(SharedStorage& smem) {
         }
         begun += chunks;
     }
-#pragma unroll 1
-    for (int ahead = 0; ahead < kMailStages; ++ahead)   // until the other CTA has said of all of them that they are free
-        await_room(ahead);
+    await_all<kMailStages>(await_room);   // said by the other CTA to be free
 }
 
 // A tail's values, whose rows past the sequence are zero: its neighbour's may be no numbers. Called by all lanes.

@@ -144,8 +144,8 @@ extern "C" const char* emulate_fwd(const void* q, const void* k, const void* v, 
     emulator::run_grid(ctas, kPair, kCtaThreads, seed);
     for (const Handover& handover : workspace)
         for (uint64_t left : handover.left)
-            if (emulator::error.empty() && left - p.workspace.ticket < 1 << 16)
-                emulator::error = "a ticket is left in the workspace";
+            if (emulator::error.empty() && left >> 32 == p.workspace.ticket >> 32 && static_cast<uint32_t>(left) != 0)
+                emulator::error = "a ticket is left in the workspace, or fetched once more after it was taken away";
     const auto* guard = reinterpret_cast<const uint8_t*>(&workspace.back());
     if (emulator::error.empty() && std::any_of(guard, guard + sizeof(Handover), [](uint8_t x) { return x != 0xff; }))
         emulator::error = "written past the workspace";
