@@ -86,7 +86,7 @@ Work segmented_work(const Lengths& lengths, int64_t heads, int64_t all_pairs, co
 }  // namespace
 
 double Work::microseconds() const {
-    return 4.17 + 0.4665 * steps + 2.27 * summaries + 1.057 * compositions + 0.3826 * corrections;
+    return 4.45 + 0.463 * steps + 2.32 * summaries + 1.065 * compositions + 0.337 * corrections;
 }
 
 Plan make_plan(int64_t num_sequences, int64_t tokens, int64_t heads, bool packed, int num_segments, int sms) {
@@ -154,7 +154,7 @@ Plan make_plan(int64_t num_sequences, int64_t tokens, int64_t heads, bool packed
         const double regular = static_cast<double>(sm90::kSegmentUnits) / sm90::units_of(tasks);   // a segment, of all chunks but the spare ones
         const double fit = (regular * chunks - (each - 1) * sm90::kStateChunks) / (sm90::kSegmentUnits * (each + regular));
         const int spare_chunks = std::min(static_cast<int>(fit), chunks / (sm90::units_of(tasks) + sm90::kSegmentUnits));
-        if (spare_chunks > 0)
+        if (each > 1 && spare_chunks > 0)   // or all tasks could have pairs of their own
             consider(segmented(tasks + sm90::kSegmentUnits, spare_chunks, spare_pairs, spare_chunks));
     }
     return best;

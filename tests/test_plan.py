@@ -114,6 +114,17 @@ def test_pairs_left_over_have_a_segment_of_each_chain_among_them(tokens, heads, 
     assert plan.work.microseconds < _C.plan(1, tokens, heads, False, plan.segments, SMS).work.microseconds
 
 
+@pytest.mark.parametrize("sms", [SMS, 114, 7])
+@pytest.mark.parametrize("tokens", [512, 1664, 4096, 40000])
+def test_every_pair_is_regular_or_spare(tokens, sms):
+    for heads in range(1, 100):
+        plan = _C.plan(1, tokens, heads, False, FREE, sms)
+        assert plan.grid <= sms
+        if plan.spare_pairs:
+            assert plan.grid // 2 == (plan.tasks - 2) * heads + plan.spare_pairs and plan.spare_pairs < 2 * heads
+            assert 0 < plan.spare_chunks == plan.least_chunks <= tokens // 16 // (plan.tasks + 1)
+
+
 @pytest.mark.parametrize("num_sequences, tokens, heads, packed, num_segments", [
     (1, 8192, 24, False, 3), (1, 8192, 24, False, SERIAL), (2, 16384, 12, True, FREE), (1, 8192, 64, False, FREE), (1, 1024, 4, False, FREE),
 ])

@@ -51,7 +51,7 @@ __device__ __forceinline__ void await_all(Await await) {
 }
 
 // What this CTA prepares: every other chunk, counted through all its chains; and pieces, of its half of the state. The warp that finds the chains:
-// the first chunk of a launch is on its way before the CTAs have met.
+// it is the first to want one.
 template <Sharing kSharing>
 __device__ __forceinline__ void load_chunks(const KernelParams& p, SharedStorage& smem) {
     std::conditional_t<kSharing == Sharing::kSegments, SegmentWalk, SpanWalk> walk(p, smem.span);

@@ -15,7 +15,8 @@
 // one may have one, and then a single task for B and M, so that the tasks can be odd or even in number.
 //
 // The tasks are numbered, sequence by sequence and head by head; the pairs deal them out in turn, first all summaries, then all corrections and the
-// chains that are not cut. Pairs that would have none can have a shorter segment of each chain among them: see sharing.h. Since the CTAs run all at once, and no pair waits for anything but summaries, they cannot lock up.
+// chains that are not cut. Pairs that would have none may have a shorter segment of each chain among them: see sharing.h. Since the CTAs run all
+// at once, and no pair waits for anything but summaries, they cannot lock up.
 #pragma once
 
 #include "kernel_params.h"
