@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import problems
-from problems import GATES, check, handovers_of, make, same_bits
+from problems import D, GATES, check, handovers_of, make, same_bits
 
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parent / "csrc" / "sm90"
@@ -159,6 +159,18 @@ def test_spare_pairs(kernel, tasks, pairs, spare, gate):
     """They share a short segment of each of two chains; the last one of all is a half one where the tasks are even in number."""
     x = make([400], heads=2, gate=gate)
     check(x, *run(kernel, x, sharing="segments", pairs=pairs, tasks=tasks, least_chunks=spare[1], spare=spare), path="cuda", slack=1.5)
+
+
+def test_rows_of_any_size_are_composed(kernel):
+    """Value channels from 1e-6 to 1e6 beside each other, and one that is zero: each row of the state is as exact as if it were alone."""
+    x = make([300], heads=1, gate="none")
+    sizes = torch.logspace(-6, 6, D)
+    sizes[D // 2] = 0
+    x = x.replace(v=(x.v * sizes).bfloat16(), initial_state=x.initial_state * sizes[:, None])
+    _, truth = problems.reference(x)
+    _, state = run(kernel, x, sharing="segments", pairs=2, tasks=7)
+    error = (state.double() - truth).norm(dim=-1) / truth.norm(dim=-1).clamp(min=1e-30)
+    assert error.max() < 8e-3 and not state[..., D // 2, :].any()
 
 
 def test_spare_pairs_of_a_pack(kernel):
