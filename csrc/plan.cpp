@@ -45,7 +45,7 @@ Work segmented_work(const Lengths& lengths, int64_t heads, int64_t all_pairs, co
     const auto segment = [&](int chunks) -> int {   // chunks of the longest one
         const int spare_units = tasks(chunks) == plan.tasks && plan.spare_chunks > 0 ? sm90::kSegmentUnits : 0;
         const int regular_chunks = chunks - spare_units * plan.spare_chunks, units = sm90::units_of(tasks(chunks)) - spare_units;
-        return sm90::kSegmentUnits * (regular_chunks / units) + std::min(regular_chunks % units, sm90::kSegmentUnits);
+        return regular_chunks - sm90::border_of(regular_chunks, units - sm90::kSegmentUnits, units);   // the last one
     };
     struct Tasks {
         int64_t count;   // of a chain
@@ -105,6 +105,7 @@ Plan make_plan(int64_t num_sequences, int64_t tokens, int64_t heads, bool packed
 
     // What is not known of a pack without a sync is how long its sequences are. They are taken once to be all equal, and once for a pack
     // whose longest is three times as long as their mean.
+    const bool lengths_known = !packed || num_sequences == 1;
     const int chunks = static_cast<int>(divide_up(tokens, sm90::kChunk));
     const int mean = packed ? static_cast<int>(divide_up(chunks, num_sequences)) : chunks;
     const int long_one = packed ? static_cast<int>(std::min<int64_t>(chunks, 3 * int64_t{mean})) : chunks;
@@ -146,15 +147,17 @@ Plan make_plan(int64_t num_sequences, int64_t tokens, int64_t heads, bool packed
     if (num_segments > 0 || chains > kFewChains * sms)
         return best;
     for (int tasks = 2; tasks <= all_pairs && sm90::units_of(tasks) <= long_one; ++tasks)
-        consider(segmented(packed && num_sequences > 1 ? all_pairs : tasks, long_one / sm90::units_of(tasks)));
+        consider(segmented(lengths_known ? tasks : all_pairs, long_one / sm90::units_of(tasks)));
     // A pair for every task, and the pairs left over for one segment more of each chain, so long that they are done when the others are: with `each`
-    // tasks one after the other, each (2 spare_chunks + kStateChunks) = 2 regular_chunks + kStateChunks.
-    for (int tasks = 1; chains * tasks < all_pairs && (!packed || num_sequences == 1); ++tasks) {
+    // tasks one after the other, each (2 spare_chunks + kStateChunks) = 2 regular_chunks + kStateChunks. With fewer tasks than the least ones, those
+    // of that segment could have pairs of their own too.
+    const int least_tasks = static_cast<int>(std::max<int64_t>(all_pairs / chains - 1, 1));
+    for (int tasks = least_tasks; chains * tasks < all_pairs && lengths_known; ++tasks) {
         const int64_t spare_pairs = all_pairs - chains * tasks, each = divide_up(chains * sm90::kSegmentUnits, spare_pairs);
         const double regular = static_cast<double>(sm90::kSegmentUnits) / sm90::units_of(tasks);   // a segment, of all chunks but the spare ones
         const double fit = (regular * chunks - (each - 1) * sm90::kStateChunks) / (sm90::kSegmentUnits * (each + regular));
         const int spare_chunks = std::min(static_cast<int>(fit), chunks / (sm90::units_of(tasks) + sm90::kSegmentUnits));
-        if (each > 1 && spare_chunks > 0)   // or all tasks could have pairs of their own
+        if (spare_chunks > 0)
             consider(segmented(tasks + sm90::kSegmentUnits, spare_chunks, spare_pairs, spare_chunks));
     }
     return best;

@@ -214,7 +214,8 @@ def test_pieces_wait_for_mail(kernel, tmp_path):
 @pytest.mark.parametrize("offsets", GARBAGE, ids=str)
 def test_garbage_cu_seqlens_with_segments(kernel, offsets):
     x = make([20, 40, 40], heads=1)
-    run(kernel, x.replace(cu_seqlens=torch.tensor(offsets)), sharing="segments", pairs=2, tasks=4, handovers=4)
+    for options in (dict(pairs=2, tasks=4), dict(pairs=3, tasks=5, spare=(1, 1))):
+        run(kernel, x.replace(cu_seqlens=torch.tensor(offsets)), sharing="segments", handovers=4, **options)
 
 
 @pytest.fixture(scope="session")

@@ -143,8 +143,8 @@ private:
     bf16* destination;
 };
 
-// The outputs of a segment that was done from zero, if it is to correct any, O' += S Y', with the state before it: see segments.cuh. `number` of
-// the next stage of the CTA's own, and `release` gives one back.
+// The outputs, some at least, of a segment that was done from zero, O' += S Y', with the state before it: see segments.cuh. `number` of the next
+// stage of the CTA's own, and `release` gives one back.
 template <class Release>
 __device__ __forceinline__ void correct(SharedStorage& smem, const Chain& chain, uint32_t number, OutputWriter& writer, Release release,
                                         const float (&S)[kStateRegisters]) {
