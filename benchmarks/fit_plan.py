@@ -51,7 +51,7 @@ def worth_measuring(tokens: int, heads: int, segments: int, sms: int) -> bool:
 
 def measure_shape(tokens: int, heads: int, sms: int) -> Tuple[List[Dict], Dict]:
     """A point a number of segments, with what the plan makes of it and its time; and the plan's own choice."""
-    p = measure.problem(Row("plan", "T%d-H%d" % (tokens, heads), heads, (tokens,)), "random")
+    p = measure.problem(Row("plan", "T%d-H%d" % (tokens, heads), heads, (tokens,)), "slow")
     points = []
     for segments in SEGMENTS:
         if worth_measuring(tokens, heads, segments, sms):

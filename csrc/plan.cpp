@@ -70,8 +70,9 @@ Work segmented_work(const Lengths& lengths, int64_t heads, int64_t all_pairs, co
         return {n > 1 ? n : 0, static_cast<double>(segment(chunks) + states)};
     };
     const auto whole = [&](int chunks) -> Tasks { return {tasks(chunks) == 1, static_cast<double>(chunks) + sm90::kStateChunks}; };
-    const auto corrected = [&](int chunks) -> double {   // chunks
-        return tasks(chunks) > 1 ? chunks - segment(chunks) : 0;
+    const auto corrected = [&](int chunks) -> double {   // chunks; of a long segment those before it forgets, as if all took a slow head's time
+        const int n = tasks(chunks), first = segment(chunks);
+        return n == 1 ? 0 : first < sm90::kLongSegment ? chunks - first : std::min(chunks - first, (sm90::segments_of(n) - 1) * sm90::kLongSegment);
     };
     Work work{};
     work.steps = busiest(summaries) + busiest(whole);

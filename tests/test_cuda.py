@@ -89,6 +89,37 @@ def test_pairs_left_over_have_a_segment_of_each_chain(batch, T, heads, gate):
     assert same_bits(out, again) and same_bits(state, again_state)
 
 
+FORGOTTEN = 2.0 ** -28  # of a state that no value joins: what is so much smaller need not be found
+
+
+@pytest.mark.parametrize("num_segments", [2, 3, 6])
+def test_state_that_is_forgotten_within_a_segment(num_segments):
+    """Outputs that come of nothing but the state before their segment, until no correction asks for it any more."""
+    T, values, heads = 14000, 2000, len(LONG_GATES)
+    generator = torch.Generator().manual_seed(3)
+    q, k, v, g = large((1, T, heads, D))
+    v[:, values:] = 0
+    parameters = [gate_parameters(gate, 1, lambda *shape: torch.rand(*shape, generator=generator)) for gate in LONG_GATES]
+    A_log, dt_bias = (torch.cat(y).cuda() for y in zip(*parameters))
+    x = make([1], heads=heads, packed=False, device="cuda")
+    x = x.replace(q=q, k=k, v=v, g=g, beta=torch.zeros(1, T, heads, dtype=torch.bfloat16, device="cuda"), A_log=A_log, dt_bias=dt_bias, lens=[T])
+    (true, _), (out, _) = long_reference(x), run(x, num_segments=num_segments)
+    found, true = (y[0].unflatten(0, (-1, 100)).transpose(1, 2).flatten(2) for y in (out.double(), true))
+    errors, norms = (found - true).norm(dim=-1), true.norm(dim=-1)
+    assert (errors <= 2e-2 * norms + FORGOTTEN * norms[: values // 100].mean(0)).all()
+
+
+def test_graph_replay_of_segments_that_forget():
+    x = make([9000], heads=4, gate="random", device="cuda")
+    out, state = torch.empty_like(x.v), torch.empty_like(x.initial_state)
+    graph = capture(lambda: flash_kda.fwd(out=out, final_state=state, num_segments=2, **x.arguments()))
+    for gate in ("random", "none", "slow", "random"):  # what is to be corrected changes between replays
+        copy_inputs(x, y := make([9000], heads=4, gate=gate, seed=7, device="cuda"))
+        out.fill_(float("nan"))
+        graph.replay()
+        check(y, out, state, truth=long_reference(y), slack=1.5)
+
+
 @pytest.mark.parametrize("num_segments", [None, 1, 3])
 def test_many_short_sequences(num_segments):
     x = make([37 * n % 41 for n in range(300)], heads=8, device="cuda")

@@ -203,6 +203,38 @@ def test_the_final_states_pair_corrects_too(kernel):
     check(x, *run(kernel, x, sharing="segments", pairs=2, tasks=2), path="cuda", slack=1.5)
 
 
+FORGETFUL = ("config.h", "kLongSegment = 256, kLookChunks = 32", "kLongSegment = 4, kLookChunks = 2")  # as if segments were long
+
+
+@pytest.fixture(scope="session")
+def forgetful_kernel(kernel, tmp_path_factory):
+    return build(tmp_path_factory.mktemp("emulator") / "forgetful", FORGETFUL)
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("tasks, pairs, spare", [(2, 2, (0, 0)), (3, 2, (0, 0)), (4, 6, (2, 1)), (6, 5, (0, 0)), (5, 7, (1, 3))], ids=str)
+def test_segments_that_may_forget(forgetful_kernel, gate, tasks, pairs, spare):
+    x = make([405, 33, 512], heads=2 if spare[0] else 1, gate=gate)
+    x = x.alone(0) if spare[0] else x
+    check(x, *run(forgetful_kernel, x, sharing="segments", pairs=pairs, tasks=tasks, least_chunks=max(spare[1], 1), spare=spare), path="cuda", slack=1.5)
+
+
+def test_what_is_forgotten_is_not_corrected(tmp_path):
+    marks = ("recurrence.cuh", "done[i / 4][i % 4] = pack_bf16(O[2 * i] * kStateUp,", "done[i / 4][i % 4] = pack_bf16(1e9f,")
+    marked = build(tmp_path / "marked", FORGETFUL, marks)
+    x = make([400], heads=1, gate="hardest")  # two segments, of 12 and 13 chunks
+    out, _ = run(marked, x, sharing="segments", pairs=2, tasks=3)
+    tokens = (out[0, :, 0] > 1e8).any(-1).nonzero().flatten().tolist()
+    assert tokens == list(range(192, 224, 2))  # until M is looked at for the first time; and of each pair of tokens the first one is marked
+
+
+def test_what_is_not_forgotten_is_found_uncorrected(tmp_path):
+    hasty = build(tmp_path / "hasty", FORGETFUL, ("config.h", "kForgotten = 0x1p-32f", "kForgotten = 16"))
+    x = make([400], heads=1, gate="slow")
+    with pytest.raises(AssertionError):
+        check(x, *run(hasty, x, sharing="segments", pairs=2, tasks=3), path="cuda", slack=1.5)
+
+
 def test_pieces_wait_for_mail(kernel, tmp_path):
     """However long that warp is held up before it looks at a piece, which it does not send: the ring must not go round past it."""
     loop = "--left, ++pieces) {"

@@ -36,6 +36,11 @@ constexpr int kChains = 16;   // scheduled ahead
 constexpr int kFirstChunks = 2;   // asked for at once when a launch begins: the others wait for the first one
 constexpr int kCorrected = 2 * kChunk;   // tokens whose outputs are corrected at once: a stage takes so many
 
+// A long segment, of so many chunks, may forget the state before it, though channels decay slowly: its M is looked at every so many chunks,
+// and is as good as zero once it is so small. A composition rounds an element of M by more.
+constexpr int kLongSegment = 256, kLookChunks = 32;
+constexpr float kForgotten = 0x1p-32f;
+
 // Powers of two that keep products as small as e^-80 and as large as e^80 inside bf16 and fp32, whatever sensible length keys, values
 // and states have. They are exact, and meet only in [16]-vectors: kd and qd are held 2^kShift too large, ki and kr as much too small, the
 // residual R 2^kShift too small and the state 4^kShift too small.

@@ -19,7 +19,10 @@ struct Handover {
             uint4 B[kHalves][kStateRegisters / 8][kWarpgroup];
             float2 powers[kHalves][kWarpgroup];   // of two that B's rows are short of
         };
-        __half M[kBlocks][kHalves][16 * kHalf];
+        struct {
+            __half M[kBlocks][kHalves][16 * kHalf];
+            int memory[kHalves * 4];   // chunks before a warp's rows of it were as good as zero
+        };
     };
     uint64_t left[kHalves * 4];   // the ticket, once a warp has left its part, and one more for each fetch of it
 };

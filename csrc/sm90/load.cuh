@@ -76,8 +76,8 @@ __device__ __forceinline__ void load_chunks(const KernelParams& p, SharedStorage
                 pieces += count;
             };
             const uint64_t ticket = p.workspace.ticket;
-            const int composed = chain.compositions, last = composed + (chain.corrected > 0);   // its own, to be corrected
-            if (last > 0) {
+            if (chain.from == From::kSummaries) {
+                const int composed = chain.compositions, last = composed + (chain.to == To::kNowhere);   // its own, to be corrected
                 await_summaries(chain, ticket, last);
                 load_pieces(composed * kSummaryPieces, [&](int piece, Stage& stage, uint64_t& ready) {
                     load_summary_piece(chain, 1 + piece / kSummaryPieces, piece % kSummaryPieces, stage, ready);

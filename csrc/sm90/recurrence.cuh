@@ -366,15 +366,23 @@ __device__ __forceinline__ void recur_chains(const KernelParams& p, SharedStorag
                 O[0][2 + i] = pack_bf16(O_new[4 + 2 * i] * scale_high.x, O_new[5 + 2 * i] * scale_high.y);
             }
         };
-        bool begin_there = number % kPair != static_cast<uint32_t>(rank());
+        const auto is_here = [&]() -> bool { return number % kPair == static_cast<uint32_t>(rank()); };
         if (chunks > 0)
-            await(arrival(!begin_there), false, false);
-        while (number != end) {   // by turns
-            if (!begin_there)
-                step(std::true_type());
-            begin_there = false;
-            if (number != end)
-                step(std::false_type());
+            await(arrival(is_here()), false, false);
+        int memory = chunks;   // before an M is as good as zero
+        while (number != end) {
+            const bool looks = kSegments && !values && memory == chunks;
+            const uint32_t stop = number + (looks ? min(end - number, static_cast<uint32_t>(kLookChunks)) : end - number);
+            bool begin_there = !is_here();
+            while (number != stop) {   // by turns
+                if (!begin_there)
+                    step(std::true_type());
+                begin_there = false;
+                if (number != stop)
+                    step(std::false_type());
+            }
+            if (looks && !remembers(S))
+                memory = chunks - (end - number);
         }
         if (chunks > 0) {
             uint4 out[1];
@@ -391,7 +399,7 @@ __device__ __forceinline__ void recur_chains(const KernelParams& p, SharedStorag
         } else if (chain.to == To::kB) {
             leave_B(*chain.handover, p.workspace.ticket, rank(), S);
         } else if (chain.to == To::kM) {
-            leave_M(*chain.handover, p.workspace.ticket, rank(), smem.out[warp][0], S);
+            leave_M(*chain.handover, p.workspace.ticket, rank(), smem.out[warp][0], memory, S);
         } else if (chain.to != To::kNowhere) {
             leave_state(*chain.handover, p.workspace.ticket, rank(), S);
         }

@@ -126,7 +126,11 @@ struct Chain {
     int readers;           // of the whole chain's first summary
     int spare_segment;     // of the whole chain, if any
     int compositions;      // before this one
-    int corrected;         // tokens whose outputs wait for the state composed
+    int corrected;         // tokens whose outputs wait for the state composed, and are of a segment's
+    int part, until_part;  // parts from this one to before that one,
+    int parts;             // of so many,
+    bool final_part;       // and one more for whom finds the final state
+    const Handover* M;     // of the segment, where it may forget before it ends
     Handover* handovers;   // of the whole chain: S1, B_1, M_1, B_2, M_2, ...
     Handover* handover;    // where this one's goes
 

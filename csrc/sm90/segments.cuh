@@ -14,6 +14,9 @@
 // A chain's tokens are cut into units, one more than it has tasks in either phase. A segment has two, half of it a correction each. The last
 // one may have one, and then a single task for B and M, so that the tasks can be odd or even in number.
 //
+// A long segment may forget the state before it: once M is as good as zero, so is Y, and from there on the outputs lack nothing. Who finds M looks at it
+// now and then, and leaves how long it took; the segment's corrections are shared out anew among its tasks, which ask for that first.
+//
 // The tasks are numbered, sequence by sequence and head by head; the pairs deal them out in turn, first all summaries, then all corrections and the
 // chains that are not cut. Pairs that would have none may have a shorter segment of each chain among them: see sharing.h. Since the CTAs run all
 // at once, and no pair waits for anything but summaries, they cannot lock up.
@@ -27,6 +30,25 @@
 #include "wgmma.h"
 
 namespace flash_kda::sm90 {
+
+// B and M of a segment.
+__device__ __forceinline__ Handover* summary_of(const Chain& chain, int segment) { return &chain.handovers[2 * segment - 1]; }
+
+// Waits for what a warp leaves.
+__device__ __forceinline__ void await_left(const uint64_t* left, uint64_t ticket) {
+    while (load_acquire(left) - ticket >= 1 << 16) {
+    }
+}
+
+// How many chunks go by before M, which a pair leaves, is as good as zero. Called by all lanes.
+__device__ __forceinline__ int await_memory(const Handover& M, uint64_t ticket) {
+    int memory = 0;
+    if (const int warp = threadIdx.x % 32; warp < kHalves * kRecurrenceWarps) {
+        await_left(&M.left[warp], ticket);
+        memory = M.memory[warp];
+    }
+    return __reduce_max_sync(~0u, memory);
+}
 
 // A pair's tasks, one after the other.
 class SegmentWalk {
@@ -68,6 +90,8 @@ public:
                     const int task = is_spare(p) ? spare + dealt : shared && dealt >= spare ? dealt + kSegmentUnits : dealt;
                     goes_on = take(p, chain, sequence, rows, tasks, head, at.phase, task, at.part, until.handovers - own.handovers + head * handovers_of(tasks));
                 }
+                __syncwarp();
+                share_out(chain, p.workspace.ticket);
                 goes_on = __any_sync(~0u, goes_on);
                 place = {at.phase, goes_on ? at.task : at.task + (is_spare(p) ? gridDim.x / kPair - p.regular_pairs : p.regular_pairs), goes_on,
                          at.sequence, at.before};
@@ -147,13 +171,18 @@ private:
             const bool final = unit == units && (part == 1 || share == 0);
             chain.from = From::kSummaries;
             chain.to = final ? To::kFinalState : To::kNowhere;
-            chain.compositions = final ? last : min(unit / kSegmentUnits, last) - 1;
-            const auto cut = [&](int unit) {   // the last segment's are shared out anew
-                const int i = unit - kSegmentUnits * last;
-                return i <= 0 ? border(unit) : i > own_tasks ? chunks : begin + (chunks - begin - share) * i / own_tasks;
-            };
-            if (!final)
-                chain.corrected = tokens(cut(unit), cut(unit + (corrects_spare ? kSegmentUnits : 1)));
+            const int segment = min(unit / kSegmentUnits, last);
+            chain.compositions = final ? last : segment - 1;
+            if (!final) {   // see share_out
+                const int from = border(kSegmentUnits * segment), to = border(kSegmentUnits * (segment + 1));
+                chain.corrected = tokens(from, to);
+                chain.part = unit - kSegmentUnits * segment;
+                chain.until_part = chain.part + (corrects_spare ? kSegmentUnits : 1);
+                chain.parts = segment < last ? kSegmentUnits : own_tasks;
+                chain.final_part = segment == last && share > 0;
+                if (to - from >= kLongSegment)
+                    chain.M = summary_of(chain, segment) + 1;
+            }
             goes_on = task == tasks - 1 && !final;
         }
         if (first_handover + handovers_of(tasks) > p.workspace.count) {   // only where cu_seqlens is not what it should be
@@ -163,15 +192,28 @@ private:
         }
         return goes_on;
     }
+
+    // Of a segment's tokens, those that this task corrects: as many as the others, of those before the state is forgotten. Called by all lanes.
+    __device__ __forceinline__ static void share_out(Chain& chain, uint64_t ticket) {
+        const int length = chain.corrected;
+        if (length == 0)
+            return;
+        int chunks = chunks_of(length);
+        if (chain.M != nullptr)
+            chunks = min(chunks, await_memory(*chain.M, ticket));
+        const int final_part = chain.final_part ? final_share(chunks, chain.parts, 2) : 0;
+        const auto cut = [&](int part) { return part > chain.parts ? chunks : (chunks - final_part) * part / chain.parts; };
+        const int from = cut(chain.part) * kChunk, to = min(cut(chain.until_part) * kChunk, length);
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) {
+            chain.first_row += from;
+            chain.corrected = to - from;
+        }
+        __syncwarp();
+    }
 };
 
 // ---- summaries through the workspace
-
-// Waits for what a warp leaves.
-__device__ __forceinline__ void await_left(uint64_t* left, uint64_t ticket) {
-    while (load_acquire(left) - ticket >= 1 << 16) {
-    }
-}
 
 // Counts how often that was, in the ticket's lower half: the last of all fetches takes that away, for a graph's next replay has the same ticket.
 __device__ __forceinline__ void count_fetch(uint64_t* left, uint64_t ticket, int fetches) {
@@ -221,7 +263,7 @@ __device__ __forceinline__ uint32_t patch_address(const bf16* patch, int row, in
 // M, whose rows are those of the state, in blocks of 16 rows, a warp's own, as two HalfTiles, but of fp16: no product of (I - beta k k') and
 // decays has an element greater than 1. By tiles [16, 16] through `patch`, the warp's, two at a time: written from the registers, a row would
 // come in pieces of 4 bytes.
-__device__ __forceinline__ void leave_M(Handover& summary, uint64_t ticket, int half, bf16* patch, const float (&S)[kStateRegisters]) {
+__device__ __forceinline__ void leave_M(Handover& summary, uint64_t ticket, int half, bf16* patch, int memory, const float (&S)[kStateRegisters]) {
     const int warp = half * 4 + thread_index() % kWarpgroup / 32, lane = thread_index() % 32, row = lane / 2;
     auto& block = summary.M[warp];
     const uint32_t store_address = patch_address(patch, lane % 16, lane / 16), load_address = patch_address(patch, row, lane % 2);
@@ -243,8 +285,18 @@ __device__ __forceinline__ void leave_M(Handover& summary, uint64_t ticket, int 
         }
     }
     __syncwarp();   // a release is for all that the warp has written
-    if (lane == 0)
+    if (lane == 0) {
+        summary.memory[warp] = memory;
         store_release(&summary.left[warp], ticket);
+    }
+}
+
+// Whether the warp's part of M is not as good as zero yet. No token lengthens a row of it, so what has become so remains so. No number is none.
+__device__ __forceinline__ bool remembers(const float (&S)[kStateRegisters]) {
+    float sums[4] = {};
+    for (int i = 0; i < kStateRegisters; ++i)
+        sums[i % 4] += fabsf(S[i]);
+    return __any_sync(~0u, !((sums[0] + sums[1]) + (sums[2] + sums[3]) <= kForgotten / kStateUp));
 }
 
 // What the same warp of another pair has left. The fetch is still to be counted, by a lane, when there is time.
@@ -271,9 +323,6 @@ static_assert(sizeof(Stage) % kUnitBytes == 0 && kSummaryUnits % kStageUnits == 
 
 __device__ __forceinline__ int correction_pieces(const Chain& chain) { return (chain.corrected + kCorrected - 1) / kCorrected; }
 __device__ __forceinline__ int pieces_of(const Chain& chain) { return chain.compositions * kSummaryPieces + correction_pieces(chain); }
-
-// B and M of a segment.
-__device__ __forceinline__ Handover* summary_of(const Chain& chain, int segment) { return &chain.handovers[2 * segment - 1]; }
 
 // Who wants them: its own units, to be corrected, and what comes after these.
 __device__ __forceinline__ int fetches_of(const Chain& chain, int segment) {
