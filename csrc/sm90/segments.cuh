@@ -329,14 +329,16 @@ __device__ __forceinline__ int fetches_of(const Chain& chain, int segment) {
     return chain.readers - kSegmentUnits * (segment - 1) + (segment > chain.spare_segment);   // which is corrected at once
 }
 
-// Of the segments up to this one, the part that each warp leaves of a summary, and of what it read, and that this CTA wants, by a lane each; `does`
-// gets the word and how often the part is fetched.
+// Of the segments from this one to before that one, the part that each warp leaves of a summary, and of what it read, and that this CTA wants, by a
+// lane each; `does` gets the word and how often the part is fetched.
+constexpr int kParts = kRecurrenceWarps + kHalves * kRecurrenceWarps;
+constexpr int kAwaitedAtOnce = 32 / kParts;   // segments
 template <class Does>
-__device__ __forceinline__ void for_each_part(const Chain& chain, int last, Does does) {
-    constexpr int kWarps = 4, kParts = kWarps + kHalves * kWarps;
+__device__ __forceinline__ void for_each_part(const Chain& chain, int first, int end, Does does) {
+    constexpr int kWarps = kRecurrenceWarps;
 #pragma unroll 1   // a loading warp has few registers
-    for (int i = threadIdx.x % 32; i < last * kParts; i += 32) {
-        const int segment = 1 + i / kParts, part = i % kParts, fetches = fetches_of(chain, segment);
+    for (int i = threadIdx.x % 32; i < (end - first) * kParts; i += 32) {
+        const int segment = first + i / kParts, part = i % kParts, fetches = fetches_of(chain, segment);
         Handover* const summary = summary_of(chain, segment);
         if (part < kWarps)
             does(&summary[0].left[blockIdx.x % kPair * kWarps + part], fetches);
@@ -346,14 +348,14 @@ __device__ __forceinline__ void for_each_part(const Chain& chain, int last, Does
 }
 
 // Until the summaries are there. Called by all lanes.
-__device__ __forceinline__ void await_summaries(const Chain& chain, uint64_t ticket, int last) {
-    for_each_part(chain, last, [&](uint64_t* left, int) { await_left(left, ticket); });
+__device__ __forceinline__ void await_summaries(const Chain& chain, uint64_t ticket, int first, int end) {
+    for_each_part(chain, first, end, [&](uint64_t* left, int) { await_left(left, ticket); });
     __syncwarp();
     fence_async_proxy_global();
 }
 
 __device__ __forceinline__ void count_fetches(const Chain& chain, uint64_t ticket, int last) {
-    for_each_part(chain, last, [&](uint64_t* left, int fetches) { count_fetch(left, ticket, fetches); });
+    for_each_part(chain, 1, last + 1, [&](uint64_t* left, int fetches) { count_fetch(left, ticket, fetches); });
 }
 
 // In place of a team.
