@@ -16,7 +16,7 @@ namespace {
 // Numbers of chains are counted in 32 bits, coordinates of a tensor map in 31.
 constexpr int64_t kMax31 = std::numeric_limits<int32_t>::max();
 
-constexpr int kSecondTaskChunks = 5;   // another task in a phase takes so many chunks more than its own
+constexpr int kSecondTaskChunks = 3;   // another task in a phase takes so many chunks more than its own
 constexpr int kFewChains = 16;   // an SM: with more, even a long one is no hurry
 
 [[noreturn]] void too_many(const char* what, int64_t a, int64_t b) {
@@ -87,7 +87,7 @@ Work segmented_work(const Lengths& lengths, int64_t heads, int64_t all_pairs, co
 }  // namespace
 
 double Work::microseconds() const {
-    return 4.45 + 0.463 * steps + 2.32 * summaries + 1.065 * compositions + 0.337 * corrections;
+    return 4.56 + 0.457 * steps + 2.37 * summaries + 1.09 * compositions + 0.344 * corrections;
 }
 
 Plan make_plan(int64_t num_sequences, int64_t tokens, int64_t heads, bool packed, int num_segments, int sms) {

@@ -65,30 +65,25 @@ __device__ __forceinline__ void load_chunks(const KernelParams& p, SharedStorage
     for (uint32_t n = 0; const Chain* next = find_chain(p, smem, walk, n); ++n) {
         const Chain& chain = *next;
         if constexpr (kSharing == Sharing::kSegments) {
-            int room = kOwnStages;   // stages that no piece of this chain has had: these are asked for at once, by a lane each
             const auto load_pieces = [&](int count, auto load) {
-                int at_once = max(room, 1);
 #pragma unroll 1
-                for (int first = 0; first < count; first += at_once, at_once = 1) {
-                    const int lane = threadIdx.x % 32, piece = first + lane;
-                    if (lane < at_once && piece < count) {
-                        const uint32_t slot = await_stage(piece);
+                for (int piece = 0; piece < count; ++piece, ++pieces) {
+                    const uint32_t slot = await_stage(0);
+                    if (elect_one())
                         load(piece, smem.stages[slot], smem.ready[slot]);
-                    }
-                    __syncwarp();
                 }
-                pieces += count;
-                room -= min(room, count);
             };
             const uint64_t ticket = p.workspace.ticket;
             if (chain.from == From::kSummaries) {
-                const int composed = chain.compositions, last = composed + (chain.to == To::kNowhere);   // its own, to be corrected
+                const int composed = __reduce_max_sync(~0u, chain.compositions);
+                const int last = composed + __any_sync(~0u, chain.to == To::kNowhere);   // its own, to be corrected
+                const Handover* const handovers = agreed(chain.handovers);
 #pragma unroll 1
                 for (int first = 1; first <= last; first += kAwaitedAtOnce) {
                     const int end = min(first + kAwaitedAtOnce, last + 1);
                     await_summaries(chain, ticket, first, end);
                     load_pieces((min(end, composed + 1) - first) * kSummaryPieces, [&](int piece, Stage& stage, uint64_t& ready) {
-                        load_summary_piece(chain, first + piece / kSummaryPieces, piece % kSummaryPieces, stage, ready);
+                        load_summary_piece(summary_of(handovers, first + piece / kSummaryPieces), piece % kSummaryPieces, stage, ready);
                     });
                 }
                 load_pieces(correction_pieces(chain), [&](int piece, Stage& stage, uint64_t& ready) {
