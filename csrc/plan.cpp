@@ -87,7 +87,7 @@ Work segmented_work(const Lengths& lengths, int64_t heads, int64_t all_pairs, co
 }  // namespace
 
 double Work::microseconds() const {
-    return 4.56 + 0.457 * steps + 2.37 * summaries + 1.09 * compositions + 0.344 * corrections;
+    return 4.63 + 0.457 * steps + 2.32 * summaries + 1.15 * compositions + 0.341 * corrections;
 }
 
 Plan make_plan(int64_t num_sequences, int64_t tokens, int64_t heads, bool packed, int num_segments, int sms) {
