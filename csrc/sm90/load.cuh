@@ -66,24 +66,24 @@ __device__ __forceinline__ void load_chunks(const KernelParams& p, SharedStorage
         const Chain& chain = *next;
         if constexpr (kSharing == Sharing::kSegments) {
             const auto load_pieces = [&](int count, auto load) {
-                if (elect_one())
 #pragma unroll 1
-                    for (int piece = 0; piece < count; ++piece) {
-                        const uint32_t slot = await_stage(piece);
+                for (int piece = 0; piece < count; ++piece, ++pieces) {
+                    const uint32_t slot = await_stage(0);
+                    if (elect_one())
                         load(piece, smem.stages[slot], smem.ready[slot]);
-                    }
-                __syncwarp();
-                pieces += count;
+                }
             };
             const uint64_t ticket = p.workspace.ticket;
             if (chain.from == From::kSummaries) {
-                const int composed = chain.compositions, last = composed + (chain.to == To::kNowhere);   // its own, to be corrected
+                const int composed = __reduce_max_sync(~0u, chain.compositions);
+                const int last = composed + __any_sync(~0u, chain.to == To::kNowhere);   // its own, to be corrected
+                const Handover* const handovers = agreed(chain.handovers);
 #pragma unroll 1
                 for (int first = 1; first <= last; first += kAwaitedAtOnce) {
                     const int end = min(first + kAwaitedAtOnce, last + 1);
                     await_summaries(chain, ticket, first, end);
                     load_pieces((min(end, composed + 1) - first) * kSummaryPieces, [&](int piece, Stage& stage, uint64_t& ready) {
-                        load_summary_piece(chain, first + piece / kSummaryPieces, piece % kSummaryPieces, stage, ready);
+                        load_summary_piece(summary_of(handovers, first + piece / kSummaryPieces), piece % kSummaryPieces, stage, ready);
                     });
                 }
                 load_pieces(correction_pieces(chain), [&](int piece, Stage& stage, uint64_t& ready) {

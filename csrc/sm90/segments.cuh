@@ -31,8 +31,9 @@
 
 namespace flash_kda::sm90 {
 
-// B and M of a segment.
-__device__ __forceinline__ Handover* summary_of(const Chain& chain, int segment) { return &chain.handovers[2 * segment - 1]; }
+// B and M of a segment, in what its chain leaves.
+template <class T>
+__device__ __forceinline__ T* summary_of(T* handovers, int segment) { return handovers + (2 * segment - 1); }
 
 // Waits for what a warp leaves.
 __device__ __forceinline__ void await_left(const uint64_t* left, uint64_t ticket) {
@@ -181,7 +182,7 @@ private:
                 chain.parts = segment < last ? kSegmentUnits : own_tasks;
                 chain.final_part = segment == last && share > 0;
                 if (to - from >= kLongSegment)
-                    chain.M = summary_of(chain, segment) + 1;
+                    chain.M = summary_of(chain.handovers, segment) + 1;
             }
             goes_on = task == tasks - 1 && !final;
         }
@@ -339,7 +340,7 @@ __device__ __forceinline__ void for_each_part(const Chain& chain, int first, int
 #pragma unroll 1   // a loading warp has few registers
     for (int i = threadIdx.x % 32; i < (end - first) * kParts; i += 32) {
         const int segment = first + i / kParts, part = i % kParts, fetches = fetches_of(chain, segment);
-        Handover* const summary = summary_of(chain, segment);
+        Handover* const summary = summary_of(chain.handovers, segment);
         if (part < kWarps)
             does(&summary[0].left[blockIdx.x % kPair * kWarps + part], fetches);
         else
@@ -365,8 +366,7 @@ __device__ __forceinline__ void arrive_with_piece(uint64_t& ready, int bytes) {
 }
 
 // Called by one thread.
-__device__ __forceinline__ void load_summary_piece(const Chain& chain, int segment, int piece, Stage& stage, uint64_t& ready) {
-    const Handover* const summary = summary_of(chain, segment);
+__device__ __forceinline__ void load_summary_piece(const Handover* summary, int piece, Stage& stage, uint64_t& ready) {
     const char* const B = reinterpret_cast<const char*>(summary[0].B[blockIdx.x % kPair]);
     const char* const M = reinterpret_cast<const char*>(summary[1].M);
     const int first = piece * kStageUnits, of_M = min(max(kBlocks - first, 0), kStageUnits);
@@ -398,7 +398,7 @@ __device__ __forceinline__ void compose(const KernelParams& p, SharedStorage& sm
             const int first = piece * kStageUnits, end = first + kStageUnits;
             mbarrier_wait(smem_address(&smem.ready[own.slot]), own.parity);
             if (first == 0)   // not before load knows that it has been left
-                powers_of_B = summary_of(chain, segment)->powers[blockIdx.x % kPair][thread];
+                powers_of_B = summary_of(chain.handovers, segment)->powers[blockIdx.x % kPair][thread];
             if (first < kBlocks) {
                 cute::warpgroup_arrive();
                 for (int block = first; block < min(end, kBlocks); ++block) {
