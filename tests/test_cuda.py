@@ -35,17 +35,22 @@ LONG_GATES = ("random", "slow", "none", "mixed")  # a head each
 OUT_BOUND, STATE_BOUND = 5.1e-3, 3.9e-3  # promised of every length, gate and number of segments
 
 
+def long_sequence(T, generator, beta):
+    """A head each of LONG_GATES."""
+    heads = len(LONG_GATES)
+    q, k, v, g = large((1, T, heads, D))
+    parameters = [gate_parameters(gate, 1, lambda *shape: torch.rand(*shape, generator=generator)) for gate in LONG_GATES]
+    A_log, dt_bias = (torch.cat(y).cuda() for y in zip(*parameters))
+    x = make([1], heads=heads, packed=False, device="cuda")
+    return x.replace(q=q, k=k, v=v, g=g, beta=beta.bfloat16().cuda(), A_log=A_log, dt_bias=dt_bias, lens=[T])
+
+
 @pytest.fixture(scope="module", params=[(4096, reference), (131072, long_reference)], ids=["4096", "131072"])
 def long_problem(request):
     """A sequence of many tokens, and its truth."""
     T, truth = request.param
-    heads, generator = len(LONG_GATES), torch.Generator().manual_seed(T)
-    q, k, v, g = large((1, T, heads, D))
-    beta = torch.randn(1, T, heads, generator=generator).bfloat16().cuda()
-    parameters = [gate_parameters(gate, 1, lambda *shape: torch.rand(*shape, generator=generator)) for gate in LONG_GATES]
-    A_log, dt_bias = (torch.cat(y).cuda() for y in zip(*parameters))
-    x = make([1], heads=heads, packed=False, device="cuda")
-    x = x.replace(q=q, k=k, v=v, g=g, beta=beta, A_log=A_log, dt_bias=dt_bias, lens=[T])
+    generator = torch.Generator().manual_seed(T)
+    x = long_sequence(T, generator, beta=torch.randn(1, T, len(LONG_GATES), generator=generator))
     return x, truth(x)
 
 
@@ -95,14 +100,9 @@ FORGOTTEN = 2.0 ** -28  # of a state that no value joins: what is so much smalle
 @pytest.mark.parametrize("num_segments", [2, 3, 6])
 def test_state_that_is_forgotten_within_a_segment(num_segments):
     """Outputs that come of nothing but the state before their segment, until no correction asks for it any more."""
-    T, values, heads = 14000, 2000, len(LONG_GATES)
-    generator = torch.Generator().manual_seed(3)
-    q, k, v, g = large((1, T, heads, D))
-    v[:, values:] = 0
-    parameters = [gate_parameters(gate, 1, lambda *shape: torch.rand(*shape, generator=generator)) for gate in LONG_GATES]
-    A_log, dt_bias = (torch.cat(y).cuda() for y in zip(*parameters))
-    x = make([1], heads=heads, packed=False, device="cuda")
-    x = x.replace(q=q, k=k, v=v, g=g, beta=torch.zeros(1, T, heads, dtype=torch.bfloat16, device="cuda"), A_log=A_log, dt_bias=dt_bias, lens=[T])
+    T, values = 14000, 2000
+    x = long_sequence(T, torch.Generator().manual_seed(3), beta=torch.zeros(1, T, len(LONG_GATES)))
+    x.v[:, values:] = 0
     (true, _), (out, _) = long_reference(x), run(x, num_segments=num_segments)
     found, true = (y[0].unflatten(0, (-1, 100)).transpose(1, 2).flatten(2) for y in (out.double(), true))
     errors, norms = (found - true).norm(dim=-1), true.norm(dim=-1)

@@ -90,6 +90,12 @@ def test_what_the_busiest_pair_does(tokens, heads, num_segments, rounds, composi
     assert work.corrections == pytest.approx(heads * (400 - segment) / 2 / (SMS / 2))
 
 
+@pytest.mark.parametrize("num_segments, corrected", [(2, 256), (4, 3 * 256), (16, 2048 - 128)])
+def test_of_a_long_segment_only_what_a_slow_head_remembers_is_corrected(num_segments, corrected):
+    work = _C.plan(1, 2048 * 16, 1, False, num_segments, SMS).work
+    assert work.corrections == pytest.approx(corrected / 2 / (SMS / 2))
+
+
 def longest_segment(chunks, units):
     """Of two units, which differ by a chunk at most."""
     return 2 * (chunks // units) + min(chunks % units, 2)

@@ -336,15 +336,14 @@ constexpr int kParts = kRecurrenceWarps + kHalves * kRecurrenceWarps;
 constexpr int kAwaitedAtOnce = 32 / kParts;   // segments
 template <class Does>
 __device__ __forceinline__ void for_each_part(const Chain& chain, int first, int end, Does does) {
-    constexpr int kWarps = kRecurrenceWarps;
 #pragma unroll 1   // a loading warp has few registers
     for (int i = threadIdx.x % 32; i < (end - first) * kParts; i += 32) {
         const int segment = first + i / kParts, part = i % kParts, fetches = fetches_of(chain, segment);
         Handover* const summary = summary_of(chain.handovers, segment);
-        if (part < kWarps)
-            does(&summary[0].left[blockIdx.x % kPair * kWarps + part], fetches);
+        if (part < kRecurrenceWarps)
+            does(&summary[0].left[blockIdx.x % kPair * kRecurrenceWarps + part], fetches);
         else
-            does(&summary[1].left[part - kWarps], kPair * fetches);
+            does(&summary[1].left[part - kRecurrenceWarps], kPair * fetches);
     }
 }
 
