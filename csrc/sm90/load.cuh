@@ -30,8 +30,7 @@ __device__ __forceinline__ void load_chunk(const KernelParams& p, const Chain& c
 
 // Of a correction: Y of all its channels over the outputs so far of this CTA's half. Called by one thread. What lies behind the tokens to be
 // corrected, of others or of nobody, is not looked at.
-__device__ __forceinline__ void load_correction_piece(const KernelParams& p, const Chain& chain, int piece, Stage& stage, uint64_t& ready) {
-    const int row = static_cast<int>(chain.first_row) + piece * kCorrected, head = static_cast<int>(chain.head);
+__device__ __forceinline__ void load_correction_piece(const KernelParams& p, int row, int head, Stage& stage, uint64_t& ready) {
     arrive_with_piece(ready, sizeof(Stage));
     load_box<false>(p.Y_map, ready, stage.kq[0][0], row, 0, head);   // both halves at once
     load_box<false>(p.out_map, ready, stage.g[0], row, blockIdx.x % kPair, head);
@@ -65,30 +64,30 @@ __device__ __forceinline__ void load_chunks(const KernelParams& p, SharedStorage
     for (uint32_t n = 0; const Chain* next = find_chain(p, smem, walk, n); ++n) {
         const Chain& chain = *next;
         if constexpr (kSharing == Sharing::kSegments) {
-            const auto load_pieces = [&](int count, auto load) {
-#pragma unroll 1
-                for (int piece = 0; piece < count; ++piece, ++pieces) {
-                    const uint32_t slot = await_stage(0);
-                    if (elect_one())
-                        load(piece, smem.stages[slot], smem.ready[slot]);
-                }
-            };
             const uint64_t ticket = p.workspace.ticket;
             if (chain.from == From::kSummaries) {
-                const int composed = __reduce_max_sync(~0u, chain.compositions);
-                const int last = composed + __any_sync(~0u, chain.to == To::kNowhere);   // its own, to be corrected
-                const Handover* const handovers = agreed(chain.handovers);
+                const int composed = chain.compositions, last = composed + (chain.to == To::kNowhere);   // its own, to be corrected
 #pragma unroll 1
                 for (int first = 1; first <= last; first += kAwaitedAtOnce) {
                     const int end = min(first + kAwaitedAtOnce, last + 1);
                     await_summaries(chain, ticket, first, end);
-                    load_pieces((min(end, composed + 1) - first) * kSummaryPieces, [&](int piece, Stage& stage, uint64_t& ready) {
-                        load_summary_piece(summary_of(handovers, first + piece / kSummaryPieces), piece % kSummaryPieces, stage, ready);
-                    });
+                    const int summaries = min(end, composed + 1) - first;
+                    if (elect_one())
+#pragma unroll 1
+                        for (int i = 0; i < summaries; ++i)
+                            load_summary(smem, summary_of(chain, first + i), [&](int piece) { return await_stage(i * kSummaryPieces + piece); });
+                    __syncwarp();
+                    pieces += summaries * kSummaryPieces;
                 }
-                load_pieces(correction_pieces(chain), [&](int piece, Stage& stage, uint64_t& ready) {
-                    load_correction_piece(p, chain, piece, stage, ready);
-                });
+                const int count = correction_pieces(chain), row = static_cast<int>(chain.first_row), head = static_cast<int>(chain.head);
+                if (elect_one())
+#pragma unroll 1
+                    for (int piece = 0; piece < count; ++piece) {
+                        const uint32_t slot = await_stage(piece);
+                        load_correction_piece(p, row + piece * kCorrected, head, smem.stages[slot], smem.ready[slot]);
+                    }
+                __syncwarp();
+                pieces += count;
                 count_fetches(chain, ticket, last);   // takes long: not before all is asked for
             }
         }

@@ -109,13 +109,6 @@ __device__ __forceinline__ T resident(T x) {
     return reinterpret_cast<const T&>(y);
 }
 
-// The same pointer, of which the compiler then knows that all lanes have it. Called by all of them.
-template <class T>
-__device__ __forceinline__ T* agreed(T* pointer) {
-    const uint64_t x = reinterpret_cast<uint64_t>(pointer);
-    return reinterpret_cast<T*>(uint64_t{__reduce_max_sync(~0u, static_cast<uint32_t>(x >> 32))} << 32 | __reduce_max_sync(~0u, static_cast<uint32_t>(x)));
-}
-
 // Among so many threads, by whole warps.
 __device__ __forceinline__ void barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 

@@ -97,6 +97,11 @@ __device__ __forceinline__ bool in_user_units(const Chain& chain) {
     return (chain.from == From::kInitialState || chain.from == From::kIdentity) && !passes_through(chain);
 }
 
+__device__ __forceinline__ void to_user_units(float (&S)[kStateRegisters]) {
+    for (float& x : S)
+        x *= kStateUp;
+}
+
 // v' of the warp's 16 value channels, as an A operand [16 channels, 16 tokens]. Transposing swaps a block's off-diagonal quarters, so
 // lanes 8 to 23 ask for them the other way round.
 __device__ __forceinline__ uint32_t v_offset(int warp, int lane) {
@@ -245,6 +250,11 @@ __device__ __forceinline__ void recur_chains(const KernelParams& p, SharedStorag
                     correct(smem, chain, piece + chain.compositions * kSummaryPieces, places.writer, release_piece, S);
                 }
                 pieces += pieces_of(chain);
+                if (chain.to == To::kFinalState) {
+                    to_user_units(S);
+                    store_state(p, chain, rank(), S);
+                }
+                continue;   // it has no chunks, and to see that below takes half a microsecond
             }
             values = __any_sync(~0u, has_values(chain));
             places = find_places(values);
@@ -391,8 +401,7 @@ __device__ __forceinline__ void recur_chains(const KernelParams& p, SharedStorag
         }
         if (chain.to == To::kFinalState) {
             if (!passes_through(chain))
-                for (float& x : S)
-                    x *= kStateUp;
+                to_user_units(S);
             store_state(p, chain, rank(), S);
         } else if constexpr (!kSegments) {
             leave_state(*behind_span, p.workspace.ticket, rank(), S);

@@ -31,9 +31,8 @@
 
 namespace flash_kda::sm90 {
 
-// B and M of a segment, in what its chain leaves.
-template <class T>
-__device__ __forceinline__ T* summary_of(T* handovers, int segment) { return handovers + (2 * segment - 1); }
+// B and M of a segment.
+__device__ __forceinline__ Handover* summary_of(const Chain& chain, int segment) { return &chain.handovers[2 * segment - 1]; }
 
 // Waits for what a warp leaves.
 __device__ __forceinline__ void await_left(const uint64_t* left, uint64_t ticket) {
@@ -182,7 +181,7 @@ private:
                 chain.parts = segment < last ? kSegmentUnits : own_tasks;
                 chain.final_part = segment == last && share > 0;
                 if (to - from >= kLongSegment)
-                    chain.M = summary_of(chain.handovers, segment) + 1;
+                    chain.M = summary_of(chain, segment) + 1;
             }
             goes_on = task == tasks - 1 && !final;
         }
@@ -265,10 +264,10 @@ __device__ __forceinline__ uint32_t patch_address(const bf16* patch, int row, in
 // decays has an element greater than 1. By tiles [16, 16] through `patch`, the warp's, two at a time: written from the registers, a row would
 // come in pieces of 4 bytes.
 __device__ __forceinline__ void leave_M(Handover& summary, uint64_t ticket, int half, bf16* patch, int memory, const float (&S)[kStateRegisters]) {
-    const int warp = half * 4 + thread_index() % kWarpgroup / 32, lane = thread_index() % 32, row = lane / 2;
+    const int warp = half * 4 + thread_index() % kWarpgroup / 32, lane = thread_index() % 32, row = lane / 4, unit = lane % 4;   // of both tiles
     auto& block = summary.M[warp];
-    const uint32_t store_address = patch_address(patch, lane % 16, lane / 16), load_address = patch_address(patch, row, lane % 2);
     constexpr int kTiles = 2, kTileBytes = 16 * 16 * 2;
+    const uint32_t store_address = patch_address(patch, lane % 16, lane / 16), load_address = patch_address(patch, row, unit % 2) + unit / 2 * kTileBytes;
     for (int first = 0; first < kDim / 16; first += kTiles) {
         __syncwarp();   // what stood in the patch has been read
         for (int tile = 0; tile < kTiles; ++tile) {
@@ -280,10 +279,9 @@ __device__ __forceinline__ void leave_M(Handover& summary, uint64_t ticket, int 
             stmatrix_x4(store_address + tile * kTileBytes, x);
         }
         __syncwarp();
-        for (int tile = 0; tile < kTiles; ++tile) {
-            const int j = first + tile;
-            *reinterpret_cast<uint4*>(&block[j / 4][row * kHalf + ((2 * j + lane % 2) % 8 ^ row % 8) * 8]) = load_shared_16_bytes(load_address + tile * kTileBytes);
-        }
+        for (int h = 0; h < 2; ++h)   // 64 bytes of each of 8 rows
+            *reinterpret_cast<uint4*>(&block[first / 4][(row + 8 * h) * kHalf + ((2 * first + unit) % 8 ^ row) * 8]) =
+                load_shared_16_bytes(load_address + h * kTileBytes / 2);
     }
     __syncwarp();   // a release is for all that the warp has written
     if (lane == 0) {
@@ -339,7 +337,7 @@ __device__ __forceinline__ void for_each_part(const Chain& chain, int first, int
 #pragma unroll 1   // a loading warp has few registers
     for (int i = threadIdx.x % 32; i < (end - first) * kParts; i += 32) {
         const int segment = first + i / kParts, part = i % kParts, fetches = fetches_of(chain, segment);
-        Handover* const summary = summary_of(chain.handovers, segment);
+        Handover* const summary = summary_of(chain, segment);
         if (part < kRecurrenceWarps)
             does(&summary[0].left[blockIdx.x % kPair * kRecurrenceWarps + part], fetches);
         else
@@ -364,16 +362,23 @@ __device__ __forceinline__ void arrive_with_piece(uint64_t& ready, int bytes) {
     mbarrier_arrive(smem_address(&ready), kTeam * 32 - 1);
 }
 
-// Called by one thread.
-__device__ __forceinline__ void load_summary_piece(const Handover* summary, int piece, Stage& stage, uint64_t& ready) {
+// Called by one thread. `await_stage` gives the slot of a piece. Unrolled, for all pieces of the first summaries are wanted at once: what is known
+// when it is compiled need not be found between two of them.
+template <class AwaitStage>
+__device__ __forceinline__ void load_summary(SharedStorage& smem, const Handover* summary, AwaitStage await_stage) {
     const char* const B = reinterpret_cast<const char*>(summary[0].B[blockIdx.x % kPair]);
     const char* const M = reinterpret_cast<const char*>(summary[1].M);
-    const int first = piece * kStageUnits, of_M = min(max(kBlocks - first, 0), kStageUnits);
-    arrive_with_piece(ready, sizeof(Stage));
-    if (of_M > 0)
-        bulk_load(&stage, M + first * kUnitBytes, of_M * kUnitBytes, ready);
-    if (of_M < kStageUnits)
-        bulk_load(reinterpret_cast<char*>(&stage) + of_M * kUnitBytes, B + (first + of_M - kBlocks) * kUnitBytes, (kStageUnits - of_M) * kUnitBytes, ready);
+#pragma unroll
+    for (int piece = 0; piece < kSummaryPieces; ++piece) {
+        const uint32_t slot = await_stage(piece);
+        char* const stage = reinterpret_cast<char*>(&smem.stages[slot]);
+        const int first = piece * kStageUnits, of_M = min(max(kBlocks - first, 0), kStageUnits);
+        arrive_with_piece(smem.ready[slot], sizeof(Stage));
+        if (of_M > 0)
+            bulk_load(stage, M + first * kUnitBytes, of_M * kUnitBytes, smem.ready[slot]);
+        if (of_M < kStageUnits)
+            bulk_load(stage + of_M * kUnitBytes, B + (first + of_M - kBlocks) * kUnitBytes, (kStageUnits - of_M) * kUnitBytes, smem.ready[slot]);
+    }
 }
 
 // The state before a segment, or behind the last one. A product takes S in fp16, as B is left. `number` of the next stage of the CTA's own, and
@@ -397,7 +402,7 @@ __device__ __forceinline__ void compose(const KernelParams& p, SharedStorage& sm
             const int first = piece * kStageUnits, end = first + kStageUnits;
             mbarrier_wait(smem_address(&smem.ready[own.slot]), own.parity);
             if (first == 0)   // not before load knows that it has been left
-                powers_of_B = summary_of(chain.handovers, segment)->powers[blockIdx.x % kPair][thread];
+                powers_of_B = summary_of(chain, segment)->powers[blockIdx.x % kPair][thread];
             if (first < kBlocks) {
                 cute::warpgroup_arrive();
                 for (int block = first; block < min(end, kBlocks); ++block) {
