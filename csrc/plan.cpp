@@ -78,7 +78,7 @@ Work segmented_work(const Lengths& lengths, int64_t heads, int64_t all_pairs, co
     work.steps = busiest(summaries) + busiest(whole);
     if (const int n = tasks(lengths.longest); n > 1) {
         work.summaries = 1;
-        work.compositions = sm90::segments_of(n) - 1;
+        work.compositions = (sm90::segments_of(n) - 1) * (1 + static_cast<double>(plan.pairs()) / all_pairs) / 2;
         work.corrections = heads * (corrected(lengths.longest) + others * corrected(lengths.rest)) * sm90::kChunk / sm90::kCorrected / all_pairs;
     }
     return work;
@@ -87,7 +87,7 @@ Work segmented_work(const Lengths& lengths, int64_t heads, int64_t all_pairs, co
 }  // namespace
 
 double Work::microseconds() const {
-    return 4.63 + 0.457 * steps + 2.32 * summaries + 1.15 * compositions + 0.341 * corrections;
+    return 4.64 + 0.457 * steps + 3.45 * summaries + 0.86 * compositions + 0.45 * corrections;
 }
 
 Plan make_plan(int64_t num_sequences, int64_t tokens, int64_t heads, bool packed, int num_segments, int sms) {

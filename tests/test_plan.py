@@ -82,11 +82,13 @@ def test_forced_segments(num_sequences, tokens, heads, packed, num_segments, seg
     (6400, 2, 18, 2, 17),  # two for some
 ])
 def test_what_the_busiest_pair_does(tokens, heads, num_segments, rounds, compositions):
-    """A summary of the longest segment and its states, 9 chunks; the final state's compositions; and its share of all pieces of outputs."""
+    """A summary of the longest segment and its states, 9 chunks; the final state's compositions, which cost half as much where no other pair
+    composes; and its share of all pieces of outputs."""
     work = _C.plan(1, tokens, heads, False, num_segments, SMS).work
     segment = longest_segment(400, 2 * num_segments)
     assert work.steps == pytest.approx(rounds * (segment + 9))
-    assert (work.summaries, work.compositions) == (1, compositions)
+    pairs = min(heads * (2 * num_segments - 1), SMS // 2)
+    assert work.summaries == 1 and work.compositions == pytest.approx(compositions * (1 + pairs / (SMS // 2)) / 2)
     assert work.corrections == pytest.approx(heads * (400 - segment) / 2 / (SMS / 2))
 
 
@@ -117,7 +119,7 @@ def test_pairs_left_over_have_a_segment_of_each_chain_among_them(tokens, heads, 
     spare = tasks * (2 * plan.spare_chunks + 9)  # B and M of each of these segments, one after the other
     assert segment - 2 * tasks <= spare <= segment + 9  # neither late nor idle
     assert plan.work.steps == segment + 9 + (SECOND_TASK if regular % 2 == 0 else 0) + SECOND_TASK
-    assert plan.work.compositions == plan.segments - 1
+    assert plan.work.compositions == plan.segments - 1  # all pairs at once
     assert plan.work.microseconds < _C.plan(1, tokens, heads, False, plan.segments, SMS).work.microseconds
 
 
