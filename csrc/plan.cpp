@@ -87,7 +87,7 @@ Work segmented_work(const Lengths& lengths, int64_t heads, int64_t all_pairs, co
 }  // namespace
 
 double Work::microseconds() const {
-    return 4.64 + 0.457 * steps + 3.45 * summaries + 0.86 * compositions + 0.45 * corrections;
+    return 4.55 + 0.459 * steps + 3.45 * summaries + 0.88 * compositions + 0.34 * corrections;
 }
 
 Plan make_plan(int64_t num_sequences, int64_t tokens, int64_t heads, bool packed, int num_segments, int sms) {
