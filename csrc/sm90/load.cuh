@@ -1,5 +1,5 @@
 // Load and mail: single warps that ask the copy engine for what the others will need, as far ahead as there is room. Their loops
-// over chunks and pieces stay rolled up, as schedule's do: code that comes from afar is waited for by all others.
+// stay rolled up, as schedule's do, but for a summary's pieces: code that comes from afar is waited for by all others.
 #pragma once
 
 #include <type_traits>

@@ -93,13 +93,6 @@ T resident(T x) {
     return x;
 }
 
-template <class T>
-T* agreed(T* pointer) {
-    const uint64_t x = reinterpret_cast<uint64_t>(pointer);
-    const auto half = [&](int shift) -> uint64_t { return static_cast<uint32_t>(emulator::most(static_cast<int>(x >> shift))); };
-    return reinterpret_cast<T*>(half(32) << 32 | half(0));
-}
-
 inline int thread_index() { return threadIdx.x; }
 
 inline void barrier(int id, int threads) { emulator::meet(emulator::current->cta->named[id], threads); }
