@@ -28,7 +28,7 @@ from rows import Row
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 32768)
 HEADS = (2, 4, 8, 16, 24, 64, 96)
-SEGMENTS = (1, 2, 3, 4, 5, 7, 9, 13, 17)
+SEGMENTS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 17)
 CHUNK = 16
 FIT_SCALE, FIT_ROUNDS = 0.05, 30
 PARTS = tuple(part for part in report.PLAN_UNITS if part != "launch")
