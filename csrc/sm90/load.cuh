@@ -1,4 +1,4 @@
-// Load and mail: single warps that ask the copy engine for what the others will need, as far ahead as there is room. Their loops
+// Load, mail and watch: single warps that ask the copy engine for what the others will need, as far ahead as there is room. Their loops
 // stay rolled up, as schedule's do, but for a summary's pieces: code that comes from afar is waited for by all others.
 #pragma once
 
