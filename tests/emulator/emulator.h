@@ -77,7 +77,6 @@ inline float __uint_as_float(uint32_t bits) {
 namespace emulator {
 
 constexpr int kSharedBytes = 227 * 1024, kWarp = 32;
-constexpr int kMuchAsked = 2000;   // to come together only to ask once more is no progress
 
 [[noreturn]] inline void fail(const std::string& what) { throw std::runtime_error(what); }
 
@@ -90,7 +89,6 @@ struct Warp {
     void* arguments[kWarp];
     int arrived = 0;
     uint64_t done = 0;
-    int asked = 0;   // how often its lanes have asked for other CTAs' words in vain since it was last at a barrier
 };
 
 struct Cta {
@@ -112,8 +110,6 @@ struct Thread {
     Index index;
     bool finished = false;
     const char* waits_for = nullptr;
-    const uint64_t* word = nullptr;   // of another CTA, that was asked for last,
-    uint64_t answer;                  // and what it was
     ucontext_t context;
     std::vector<char> stack;
 };
@@ -124,7 +120,6 @@ extern ucontext_t scheduler;
 extern uint64_t progress;   // counts whatever may let somebody go on
 
 inline int lane() { return current->index.x % kWarp; }
-inline Warp& warp() { return current->cta->warps[current->index.x / kWarp]; }
 
 template <class Condition>
 void wait_until(const char* what, Condition condition) {
@@ -137,7 +132,7 @@ void wait_until(const char* what, Condition condition) {
 // `act` gets the arguments of all lanes, which must have come for the same.
 template <class Act>
 void together(const char* what, void* argument, Act act) {
-    Warp& warp = emulator::warp();
+    Warp& warp = current->cta->warps[current->index.x / kWarp];
     if (warp.arrived > 0 && strcmp(warp.doing, what) != 0)
         fail(std::string("lanes diverge: some are at ") + warp.doing + ", some at " + what);
     warp.doing = what;
@@ -153,7 +148,7 @@ void together(const char* what, void* argument, Act act) {
     }
     warp.arrived = 0;
     ++warp.done;
-    progress += warp.asked < kMuchAsked;
+    ++progress;
 }
 
 inline void sync_warp() {
