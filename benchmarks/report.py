@@ -46,7 +46,7 @@ PLAN_UNITS = {  # of the plan's costs: a launch, then the parts of Work in csrc/
     "launch": "a call",
     "steps": "a chunk, by a pair of CTAs",
     "summaries": "a call that has summaries: leaving one, waiting for others",
-    "compositions": "a state composed with a segment's summary, all pairs at once",
+    "compositions": "a state composed with a segment's summary while no other is being found, all pairs at once",
     "corrections": "32 tokens' outputs corrected, by a pair, all pairs at once",
 }
 

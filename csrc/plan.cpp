@@ -17,6 +17,8 @@ namespace {
 constexpr int64_t kMax31 = std::numeric_limits<int32_t>::max();
 
 constexpr int kSecondTaskChunks = 3;   // another task in a phase takes so many chunks more than its own
+constexpr double kComposedChunks = 2;   // in the time of so many steps a state is composed with a summary
+constexpr int kLeastUnit = 4;   // chunks, where units are not even: shorter ones would save less than one composition more costs
 constexpr int kFewChains = 16;   // an SM: with more, even a long one is no hurry
 
 [[noreturn]] void too_many(const char* what, int64_t a, int64_t b) {
@@ -42,10 +44,20 @@ Work serial_work(const Lengths& lengths, int64_t heads, int64_t pairs) {
 
 Work segmented_work(const Lengths& lengths, int64_t heads, int64_t all_pairs, const Plan& plan) {
     const auto tasks = [&](int chunks) { return sm90::tasks_of(chunks, plan.least_chunks, plan.tasks); };
-    const auto segment = [&](int chunks) -> int {   // chunks of the longest one
+    struct Units {
+        int chunks, count;
+    };
+    const auto regular = [&](int chunks) -> Units {
         const int spare_units = tasks(chunks) == plan.tasks && plan.spare_chunks > 0 ? sm90::kSegmentUnits : 0;
-        const int regular_chunks = chunks - spare_units * plan.spare_chunks, units = sm90::units_of(tasks(chunks)) - spare_units;
-        return regular_chunks - sm90::border_of(regular_chunks, units - sm90::kSegmentUnits, units);   // the last one
+        return {chunks - spare_units * plan.spare_chunks, sm90::units_of(tasks(chunks)) - spare_units};
+    };
+    const auto first_segment = [&](int chunks) -> int {   // in chunks
+        const Units units = regular(chunks);
+        return sm90::border_of(units.chunks, sm90::kSegmentUnits, units.count);
+    };
+    const auto segment = [&](int chunks) -> int {   // the last one: none is longer
+        const Units units = regular(chunks);
+        return units.chunks - sm90::border_of(units.chunks, units.count - sm90::kSegmentUnits, units.count);
     };
     struct Tasks {
         int64_t count;   // of a chain
@@ -71,14 +83,16 @@ Work segmented_work(const Lengths& lengths, int64_t heads, int64_t all_pairs, co
     };
     const auto whole = [&](int chunks) -> Tasks { return {tasks(chunks) == 1, static_cast<double>(chunks) + sm90::kStateChunks}; };
     const auto corrected = [&](int chunks) -> double {   // chunks; of a long segment those before it forgets, as if all took a slow head's time
-        const int n = tasks(chunks), first = segment(chunks);
-        return n == 1 ? 0 : first < sm90::kLongSegment ? chunks - first : std::min(chunks - first, (sm90::segments_of(n) - 1) * sm90::kLongSegment);
+        const int n = tasks(chunks), left = n == 1 ? 0 : chunks - first_segment(chunks);
+        return segment(chunks) < sm90::kLongSegment ? left : std::min(left, (sm90::segments_of(n) - 1) * sm90::kLongSegment);
     };
     Work work{};
     work.steps = busiest(summaries) + busiest(whole);
     if (const int n = tasks(lengths.longest); n > 1) {
         work.summaries = 1;
-        work.compositions = (sm90::segments_of(n) - 1) * (1 + static_cast<double>(plan.pairs()) / all_pairs) / 2;
+        const int summaries = sm90::segments_of(n) - 1;
+        const double meanwhile = (segment(lengths.longest) - first_segment(lengths.longest)) / kComposedChunks;   // while others are still being found
+        work.compositions = std::max(summaries - meanwhile, 1.0) * (1 + static_cast<double>(plan.pairs()) / all_pairs) / 2;
         work.corrections = heads * (corrected(lengths.longest) + others * corrected(lengths.rest)) * sm90::kChunk / sm90::kCorrected / all_pairs;
     }
     return work;
@@ -87,7 +101,7 @@ Work segmented_work(const Lengths& lengths, int64_t heads, int64_t all_pairs, co
 }  // namespace
 
 double Work::microseconds() const {
-    return 4.55 + 0.459 * steps + 3.45 * summaries + 0.88 * compositions + 0.34 * corrections;
+    return 4.38 + 0.465 * steps + 3.71 * summaries + 0.984 * compositions + 0.437 * corrections;
 }
 
 Plan make_plan(int64_t num_sequences, int64_t tokens, int64_t heads, bool packed, int num_segments, int sms) {
@@ -147,7 +161,8 @@ Plan make_plan(int64_t num_sequences, int64_t tokens, int64_t heads, bool packed
     };
     if (num_segments > 0 || chains > kFewChains * sms)
         return best;
-    for (int tasks = 2; tasks <= all_pairs && sm90::units_of(tasks) <= long_one; ++tasks)
+    const int most_units = std::min(long_one, std::max(long_one / kLeastUnit, sm90::kEvenUnits));
+    for (int tasks = 2; tasks <= all_pairs && sm90::units_of(tasks) <= most_units; ++tasks)
         consider(segmented(lengths_known ? tasks : all_pairs, long_one / sm90::units_of(tasks)));
     // A pair for every task, and the pairs left over for one segment more of each chain, so long that they are done when the others are: with `each`
     // tasks one after the other, each (2 spare_chunks + kStateChunks) = 2 regular_chunks + kStateChunks. With fewer tasks than the least ones, those

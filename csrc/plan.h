@@ -17,7 +17,7 @@ constexpr int kMostSegments = 1024;   // fetches of a summary are counted in 16 
 struct Work {
     double steps;           // chunks
     double summaries;       // 1 where there are any: leaving one, and waiting for others
-    double compositions;    // of a state with a segment's summary, if all pairs compose at once; down to a half where few do: they share the way to L2
+    double compositions;    // of a state with a segment's summary, that no step hides, if all pairs compose at once; down to a half where few do: they share the way to L2
     double corrections;     // pieces of outputs, of kCorrected tokens; of the whole call, shared out evenly: the way to memory binds
 
     double microseconds() const;

@@ -62,7 +62,8 @@ def fwd(
             error stays inside the same bound, but other numbers of segments give other last bits. None chooses by T, N,
             H and the GPU; 1 is the serial order, in which a sequence's bits are the same in every batch and pack; n
             cuts sequences of more than 32 (n - 1) tokens into n, shorter ones into fewer. They are about equally long,
-            but the last may be half as long as the others. The CPU path knows the serial order only.
+            but the last may be half as long as the others, and of six or more each may be some chunks of 16 tokens
+            longer than the one before it. The CPU path knows the serial order only.
 
     All tensors are contiguous and on one device; on CUDA, q, k, v, g, out and the states start on a multiple of 16
     bytes. Bad input raises before anything is written or launched.

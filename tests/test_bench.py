@@ -511,14 +511,15 @@ COSTS = {"launch": 5.0, "steps": 0.25, "summaries": 3.0, "compositions": 0.75, "
 
 
 def test_fit_finds_the_costs_of_which_times_are_made(fit_plan, tmp_path, monkeypatch, gpu, capsys):
-    """The whole command on times that follow from the plan, but for one shape where another cut is twice as fast."""
+    """The whole command on times that follow from the plan, but for one shape where another cut is twice as fast, and one point that took twice its time."""
     from flash_kda import _C
 
     def time_us(p, segments):
         if p == (8192, 8) and segments is None:
             return 1e3
         work = _C.plan(1, *p, False, segments or 0, 132).work
-        return COSTS["launch"] + sum(COSTS[part] * getattr(work, part) for part in fit_plan.PARTS)
+        us = COSTS["launch"] + sum(COSTS[part] * getattr(work, part) for part in fit_plan.PARTS)
+        return 2 * us if (p, segments) == ((2048, 4), 5) else us
 
     monkeypatch.setattr(measure, "problem", lambda row, gate: (row.tokens, row.heads))
     monkeypatch.setattr(fit_plan, "time_us", time_us)
@@ -529,6 +530,7 @@ def test_fit_finds_the_costs_of_which_times_are_made(fit_plan, tmp_path, monkeyp
     assert list(result["costs"]) == list(report.PLAN_UNITS)
     assert all(x["fitted_us"] == pytest.approx(x["us"]) for x in result["points"])
     assert {x["segments"] for x in result["points"]} == set(fit_plan.SEGMENTS)
+    assert [(x["tokens"], x["heads"], x["segments"]) for x in result["left_out"]] == [(2048, 4, 5)]
     assert len(result["choices"]) == len(fit_plan.LENGTHS) * len(fit_plan.HEADS)
     chosen, = (x["segments"] for x in result["choices"] if (x["tokens"], x["heads"]) == (8192, 8))
     assert chosen == _C.plan(1, 8192, 8, False, 0, 132).segments > 1

@@ -144,11 +144,11 @@ def test_one_segment_is_the_serial_order(kernel, pairs):
     assert same_bits(out, found) and same_bits(state, found_state)
 
 
-@pytest.mark.parametrize("tasks", [2, 3, 4, 7, 8])
+@pytest.mark.parametrize("tasks", [2, 3, 4, 7, 8, 13])
 @pytest.mark.parametrize("gate", ["mixed", "none"])
 @pytest.mark.parametrize("lens, pairs", [([400], 4), ([400, 70, 0, 33, 150], 10)], ids=str)  # the latter in different numbers of segments
 def test_segments(kernel, tasks, gate, lens, pairs):
-    """Two to five, the last a half one where the tasks are even in number."""
+    """Two to seven, the last a half one where the tasks are even in number; of seven each is longer than the one before it."""
     x = make(lens, heads=1, gate=gate)
     check(x, *run(kernel, x, sharing="segments", pairs=pairs, tasks=tasks), path="cuda", slack=1.5)
 
@@ -278,6 +278,7 @@ MISTAKES = {
     "a descriptor with the CTA's rank": (("matrix_descriptor.h", "(address & 0x3ffff) >> 4", "address >> 4"), None),
     "no padding": (("prepare.cuh", "        if (valid < kChunk)\n            clear_tail(stage, valid);", ""), None),
     "a composition left out": (("segments.cuh", "final ? last : ", "final ? last - 1 : "), None),
+    "a summary asked for too early": (("segments.cuh", "is_missing = !is_left(left, ticket);", "is_missing = false;"), None),
     "half of a summary": (("segments.cuh", "has_both_parts(tasks, task) && part == 0;", "false;"), "locked up"),
     "handovers counted wrongly": (("segments.cuh", "until.handovers - own.handovers + head", "head"), None),
     "a fetch of S1 too many": (("segments.cuh", "count_fetch(left, p.workspace.ticket, chain.readers);", "count_fetch(left, p.workspace.ticket, chain.readers + 1);"), "a ticket is left"),
@@ -333,7 +334,7 @@ RACES = {
     "the other CTA's stages not waited for": (("load.cuh", "kOwnStages + await_room(0);", "kOwnStages + Turn<kMailStages>(number).slot;"), ""),
     "values not waited for": (("load.cuh", "            mbarrier_wait(smem_address(&smem.values_empty[turn.slot]), turn.parity ^ 1);\n", ""), ""),
     "no proxy fence": (("prepare.cuh", "            fence_async_proxy();\n", ""), "no proxy fence"),
-    "no proxy fence before summaries": (("segments.cuh", "    fence_async_proxy_global();\n", ""), "no proxy fence"),
+    "no proxy fence before summaries": (("load.cuh", "                    fence_async_proxy_global();\n", ""), "no proxy fence"),
     "a state left too early": (("recurrence.cuh", "    __syncwarp();   // a release is for all that the warp has written\n", ""), "a read after a write.* the workspace"),
 }
 

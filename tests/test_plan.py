@@ -1,6 +1,8 @@
 """The host plan, which is plain C++: no GPU needed, only the built module."""
 
 import json
+import math
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,17 @@ def test_nothing_to_do(num_sequences, heads, num_segments):
 # ---------------------------------------------------------------- segments
 
 
+def border(chunks, unit, units):
+    """The first chunk of a unit: of 11 to 128 units each is half a chunk longer than the one before it, or as much as leaves the first a quarter of the mean."""
+    longer = min(Fraction(1, 2), Fraction(96 * (chunks - units) // (units * (units - 1)), 64)) if 11 <= units <= 128 else 0
+    return math.floor(Fraction(unit * chunks, units) - longer * unit * (units - unit) / 2)
+
+
+def first_and_last_segment(chunks, units):
+    """Chunks, of two units each; none is longer than the last one."""
+    return border(chunks, 2, units), chunks - border(chunks, units - 2, units)
+
+
 @pytest.mark.parametrize("tokens", [0, 1, 16, 32])
 @pytest.mark.parametrize("packed", [False, True])
 def test_two_chunks_cannot_be_cut(tokens, packed):
@@ -78,35 +91,32 @@ def test_forced_segments(num_sequences, tokens, heads, packed, num_segments, seg
     (6400, 2, 2, 1, 1),
     (6400, 2, 3, 1, 2),
     (6400, 2, 4, 1, 3),
+    (6400, 2, 6, 1, 5),  # from here on later segments are longer
     (6400, 2, 17, 1, 16),  # a task in either phase for every pair
     (6400, 2, 18, 2, 17),  # two for some
 ])
 def test_what_the_busiest_pair_does(tokens, heads, num_segments, rounds, compositions):
-    """A summary of the longest segment and its states, 9 chunks; the final state's compositions, which cost half as much where no other pair
-    composes; and its share of all pieces of outputs."""
+    """A summary of the longest segment and its states, 9 chunks; the final state's compositions, but for those that are over before it, which cost
+    half as much where no other pair composes; and its share of all pieces of outputs."""
     work = _C.plan(1, tokens, heads, False, num_segments, SMS).work
-    segment = longest_segment(400, 2 * num_segments)
-    assert work.steps == pytest.approx(rounds * (segment + 9))
+    first, last = first_and_last_segment(400, 2 * num_segments)
+    assert work.steps == pytest.approx(rounds * (last + 9))
     pairs = min(heads * (2 * num_segments - 1), SMS // 2)
-    assert work.summaries == 1 and work.compositions == pytest.approx(compositions * (1 + pairs / (SMS // 2)) / 2)
-    assert work.corrections == pytest.approx(heads * (400 - segment) / 2 / (SMS / 2))
+    exposed = max(compositions - (last - first) / 2, 1)  # in the time of two steps a state is composed with a summary
+    assert work.summaries == 1 and work.compositions == pytest.approx(exposed * (1 + pairs / (SMS // 2)) / 2)
+    assert work.corrections == pytest.approx(heads * (400 - first) / 2 / (SMS / 2))
 
 
-@pytest.mark.parametrize("num_segments, corrected", [(2, 256), (4, 3 * 256), (16, 2048 - 128)])
+@pytest.mark.parametrize("num_segments, corrected", [(2, 256), (4, 3 * 256), (16, 2048 - border(2048, 2, 32))])
 def test_of_a_long_segment_only_what_a_slow_head_remembers_is_corrected(num_segments, corrected):
     work = _C.plan(1, 2048 * 16, 1, False, num_segments, SMS).work
     assert work.corrections == pytest.approx(corrected / 2 / (SMS / 2))
 
 
-def longest_segment(chunks, units):
-    """Of two units, which differ by a chunk at most."""
-    return 2 * (chunks // units) + min(chunks % units, 2)
-
-
 def test_a_pair_may_have_both_parts_of_a_summary():
     plan = _C.plan(1, 8192, 16, False, FREE, SMS)  # four pairs a chain
     assert (plan.tasks, plan.segments, plan.spare_pairs) == (4, 3, 0)
-    assert plan.work.steps == longest_segment(512, 5) + 9 + SECOND_TASK  # which begins twice
+    assert plan.work.steps == first_and_last_segment(512, 5)[1] + 9 + SECOND_TASK  # which begins twice
 
 
 @pytest.mark.parametrize("tokens, heads, packed", [(8192, 24, False), (32768, 12, True), (65536, 8, False), (8192, 40, False)])
@@ -114,12 +124,12 @@ def test_pairs_left_over_have_a_segment_of_each_chain_among_them(tokens, heads, 
     plan = _C.plan(1, tokens, heads, packed, FREE, SMS)
     regular = plan.tasks - 2  # of a chain
     assert plan.grid == SMS and regular * heads + plan.spare_pairs == SMS // 2 and plan.spare_pairs > 0
-    segment = longest_segment(tokens // 16 - 2 * plan.spare_chunks, regular + 1)
+    first, segment = first_and_last_segment(tokens // 16 - 2 * plan.spare_chunks, regular + 1)
     tasks = -(-2 * heads // plan.spare_pairs)
     spare = tasks * (2 * plan.spare_chunks + 9)  # B and M of each of these segments, one after the other
     assert segment - 2 * tasks <= spare <= segment + 9  # neither late nor idle
     assert plan.work.steps == segment + 9 + (SECOND_TASK if regular % 2 == 0 else 0) + SECOND_TASK
-    assert plan.work.compositions == plan.segments - 1  # all pairs at once
+    assert plan.work.compositions == plan.segments - 1 - (segment - first) / 2  # all pairs at once
     assert plan.work.microseconds < _C.plan(1, tokens, heads, False, plan.segments, SMS).work.microseconds
 
 
@@ -152,6 +162,13 @@ def test_a_pack_has_room_for_its_summaries(lens, num_segments):
     if plan.segments > 1:
         used = sum(lens) * 4 * Y_BYTES + handovers_of(lens, 4, plan.tasks, plan.least_chunks) * HANDOVER_BYTES
         assert used <= plan.workspace_bytes
+
+
+@pytest.mark.parametrize("tokens", [256, 320, 512, 1024, 4096])
+@pytest.mark.parametrize("heads", [1, 2, 4, 8])
+def test_units_are_few_or_have_four_chunks(tokens, heads):
+    plan = _C.plan(1, tokens, heads, False, FREE, SMS)
+    assert plan.tasks + 1 <= max(10, tokens // 16 // 4)
 
 
 @pytest.mark.parametrize("tokens, heads", [(4096, 8), (2048, 12), (8192, 16), (65536, 8), (3072, 10)])

@@ -122,13 +122,18 @@ public:
     // To a chain's first token, less a chunk: `store` is called once more than there are chunks.
     __device__ __forceinline__ void seek(bf16* out) { destination = out + lane_offset - chunk_stride; }
 
-    // The next chunks' outputs, as bf16 pairs in accumulator order, and the lane's unit of each. What comes back is for `store`, a little later.
+    // The next chunks' outputs, as bf16 pairs in accumulator order,
     template <int kCount>
-    __device__ __forceinline__ void transpose(const uint32_t (&O)[kCount][4], uint4 (&x)[kCount]) const {
+    __device__ __forceinline__ void put(const uint32_t (&O)[kCount][4]) const {
         __syncwarp();   // what stood in the patch has been read
         for (int chunk = 0; chunk < kCount; ++chunk)
             stmatrix_x4_trans(store_address + chunk * kPatchBytes, O[chunk]);
-        __syncwarp();
+    }
+
+    // and the lane's unit of each, for `store` a little later.
+    template <int kCount>
+    __device__ __forceinline__ void take(uint4 (&x)[kCount]) const {
+        __syncwarp();   // they are there
         for (int chunk = 0; chunk < kCount; ++chunk)
             x[chunk] = load_shared_16_bytes(load_address + chunk * kPatchBytes);
     }
@@ -151,51 +156,58 @@ private:
 // The outputs, some at least, of a segment that was done from zero, O' += S Y', with the state before it: see segments.cuh. `number` of the next
 // stage of the CTA's own, and `release` gives one back.
 template <class Release>
-__device__ __forceinline__ void correct(SharedStorage& smem, const Chain& chain, uint32_t number, OutputWriter& writer, Release release,
-                                        const float (&S)[kStateRegisters]) {
+__device__ __forceinline__ void correct(SharedStorage& smem, const Chain& chain, uint32_t stages_sixteenth, uint32_t number, OutputWriter& writer,
+                                        Release release, const float (&S)[kStateRegisters]) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int corrected = chain.corrected;
     uint32_t S_b[kStateRegisters / 2];
     for (int i = 0; i < kStateRegisters / 2; ++i)
         S_b[i] = pack_bf16(S[2 * i], S[2 * i + 1]);
-    uint32_t before[2][4], done[2][4];   // the next piece's outputs, of two chunks; and the last one's, on their way out
+    uint32_t before[2][4];   // the next piece's outputs, of two chunks
+    const uint32_t before_address = smem_address(smem.stages[0].g) + v_offset(warp, lane);
     const auto await_piece = [&](uint32_t n) {
         const Turn<kOwnStages> own(n);
         mbarrier_wait(smem_address(&smem.ready[own.slot]), own.parity);
         for (int chunk = 0; chunk < 2; ++chunk)
-            ldmatrix_x4_trans(before[chunk], smem_address(&smem.stages[own.slot].g[chunk]) + v_offset(warp, lane));
+            ldmatrix_x4_trans(before[chunk], before_address + own.slot * sizeof(Stage) + chunk * kHalfTileBytes);
     };
-    const auto store = [&](int left) {
+    const auto store = [&](int left) {   // the last piece
         uint4 x[2];
-        writer.transpose(done, x);
+        writer.take(x);
         for (int chunk = 0; chunk < 2; ++chunk)
             writer.store(x[chunk], left - chunk * kChunk);
     };
+    const uint32_t begin = number, end = number + (corrected + kCorrected - 1) / kCorrected;
     await_piece(number);
-    for (int left = chain.corrected; left > 0; left -= kCorrected, ++number) {
-        const uint32_t slot = Turn<kOwnStages>(number).slot;
+    while (number != end) {
+        const uint32_t slot = __reduce_max_sync(~0u, Turn<kOwnStages>(number).slot);   // the compiler sees that lanes agree
         float O[16];
         for (int i = 0; i < 8; ++i) {
             O[2 * i] = low_bf16(before[i / 4][i % 4]) / kStateUp;
             O[2 * i + 1] = high_bf16(before[i / 4][i % 4]) / kStateUp;
         }
-        const MatrixDescriptor Y = matrix_descriptor(in_sixteenths(smem_address(smem.stages[slot].kq)), Swizzle::k128Bytes, 0, 8 * 128);
+        const MatrixDescriptor Y =
+            matrix_descriptor(stages_sixteenth + slot * (sizeof(Stage) / 16) + offsetof(Stage, kq) / 16, Swizzle::k128Bytes, 0, 8 * 128);
         fence_operands(O);
         cute::warpgroup_arrive();
         for (int s = 0; s < kBlocks; ++s)
             wgmma<StepAtom>(O, S_b + 4 * s, Y + ((s / 4 * 2 * kHalfTileBytes + s % 4 * 32) >> 4));
         cute::warpgroup_commit_batch();
         // Meanwhile the last piece goes out, and the next one is asked for.
-        if (left < chain.corrected)
+        if (number != begin)
             store(kCorrected);
-        if (left > kCorrected)
-            await_piece(number + 1);
+        ++number;
+        if (number != end)
+            await_piece(number);
         cute::warpgroup_wait<0>();
         fence_operands(O);
         release(slot);
+        uint32_t done[2][4];
         for (int i = 0; i < 8; ++i)
             done[i / 4][i % 4] = pack_bf16(O[2 * i] * kStateUp, O[2 * i + 1] * kStateUp);
+        writer.put(done);
     }
-    store((chain.corrected - 1) % kCorrected + 1);
+    store((corrected - 1) % kCorrected + 1);
 }
 
 template <Sharing kSharing>
@@ -247,7 +259,7 @@ __device__ __forceinline__ void recur_chains(const KernelParams& p, SharedStorag
                 if (chain.corrected > 0) {
                     places = find_places(true);   // a composition leaves them no registers
                     places.writer.seek(outputs_of(p.out, chain.first_row + kChunk));
-                    correct(smem, chain, piece + chain.compositions * kSummaryPieces, places.writer, release_piece, S);
+                    correct(smem, chain, stages_sixteenth, piece + chain.compositions * kSummaryPieces, places.writer, release_piece, S);
                 }
                 pieces += pieces_of(chain);
                 if (chain.to == To::kFinalState) {
@@ -339,7 +351,8 @@ __device__ __forceinline__ void recur_chains(const KernelParams& p, SharedStorag
                     s[0] *= e[j].x, s[1] *= e[j].y, s[2] *= e[j].x, s[3] *= e[j].y, s[4] *= e[j].z, s[5] *= e[j].w, s[6] *= e[j].z, s[7] *= e[j].w;
                 }
             uint4 out[1];
-            places.writer.transpose(O, out);
+            places.writer.put(O);
+            places.writer.take(out);
             fence_operands(S);   // before, not after, the wait
             cute::warpgroup_wait<0>();
             fence_operands(RO);
@@ -396,7 +409,8 @@ __device__ __forceinline__ void recur_chains(const KernelParams& p, SharedStorag
         }
         if (chunks > 0) {
             uint4 out[1];
-            places.writer.transpose(O, out);
+            places.writer.put(O);
+            places.writer.take(out);
             places.writer.store(out[0], min(kChunk, chain.length - (chunks - 1) * kChunk));
         }
         if (chain.to == To::kFinalState) {

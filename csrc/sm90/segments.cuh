@@ -18,8 +18,9 @@
 // now and then, and leaves how long it took; the segment's corrections are shared out anew among its tasks, which ask for that first.
 //
 // The tasks are numbered, sequence by sequence and head by head; the pairs deal them out in turn, first all summaries, then all corrections and the
-// chains that are not cut. Pairs that would have none may have a shorter segment of each chain among them: see sharing.h. Since the CTAs run all
-// at once, and no pair waits for anything but summaries, they cannot lock up.
+// chains that are not cut, a head's in the opposite order: who had an early segment, which is short where there are many, composes for a late one
+// while the later summaries are still being found. Pairs that would have none may have a shorter segment of each chain among them: see sharing.h.
+// Since the CTAs run all at once, and no pair waits for anything but summaries, they cannot lock up.
 #pragma once
 
 #include "kernel_params.h"
@@ -35,8 +36,9 @@ namespace flash_kda::sm90 {
 __device__ __forceinline__ Handover* summary_of(const Chain& chain, int segment) { return &chain.handovers[2 * segment - 1]; }
 
 // Waits for what a warp leaves.
+__device__ __forceinline__ bool is_left(const uint64_t* left, uint64_t ticket) { return load_acquire(left) - ticket < 1 << 16; }
 __device__ __forceinline__ void await_left(const uint64_t* left, uint64_t ticket) {
-    while (load_acquire(left) - ticket >= 1 << 16) {
+    while (!is_left(left, ticket)) {
     }
 }
 
@@ -86,7 +88,8 @@ public:
                 bool goes_on = false;
                 if (lane == __ffs(behind) - 1) {
                     const uint32_t in_sequence = at.task - (until.tasks - own.tasks), head = in_sequence / each;
-                    const int dealt = in_sequence - head * each, spare = kSegmentUnits * spare_segment_of(tasks) - (summaries ? 1 : kSegmentUnits);
+                    const int in_turn = in_sequence - head * each, dealt = summaries ? in_turn : each - 1 - in_turn;
+                    const int spare = kSegmentUnits * spare_segment_of(tasks) - (summaries ? 1 : kSegmentUnits);
                     const int task = is_spare(p) ? spare + dealt : shared && dealt >= spare ? dealt + kSegmentUnits : dealt;
                     goes_on = take(p, chain, sequence, rows, tasks, head, at.phase, task, at.part, until.handovers - own.handovers + head * handovers_of(tasks));
                 }
@@ -150,10 +153,6 @@ private:
             chain.first_row = rows.first + from * kChunk;
             return min(to * kChunk, rows.length) - from * kChunk;
         };
-        const int begin = border(kSegmentUnits * last), own_tasks = units - kSegmentUnits * last;
-        const int share = spare_units > 0 ? 0 : final_share(chunks - begin, own_tasks, last + 1);
-        chain.readers = tasks + (share > 0) - (spare_units > 0);
-        chain.spare_segment = spare_units > 0 ? spare_segment_of(tasks) : tasks;
         if (tasks == 1) {
             chain.length = tokens(0, chunks);
             chain.from = From::kInitialState;
@@ -166,6 +165,10 @@ private:
             chain.from = segment == 0 ? From::kInitialState : matrix ? From::kIdentity : From::kZero;
             chain.to = segment == 0 ? To::kHandover : matrix ? To::kM : To::kB;
         } else {
+            const int own_tasks = units - kSegmentUnits * last;
+            const int share = spare_units > 0 ? 0 : final_share(chunks - border(kSegmentUnits * last), own_tasks, last + 1);
+            chain.readers = tasks + (share > 0) - (spare_units > 0);
+            chain.spare_segment = spare_units > 0 ? spare_segment_of(tasks) : tasks;
             const bool corrects_spare = spare_units > 0 && task == tasks - 1 && part == 0;
             const int unit = corrects_spare ? first_spare : kSegmentUnits + task;   // the final state's is behind all tokens
             const bool final = unit == units && (part == 1 || share == 0);
@@ -338,18 +341,20 @@ __device__ __forceinline__ void for_each_part(const Chain& chain, int first, int
     for (int i = threadIdx.x % 32; i < (end - first) * kParts; i += 32) {
         const int segment = first + i / kParts, part = i % kParts, fetches = fetches_of(chain, segment);
         Handover* const summary = summary_of(chain, segment);
-        if (part < kRecurrenceWarps)
-            does(&summary[0].left[blockIdx.x % kPair * kRecurrenceWarps + part], fetches);
-        else
-            does(&summary[1].left[part - kRecurrenceWarps], kPair * fetches);
+        const bool of_B = part < kRecurrenceWarps;   // its lanes ask together with the others: one question takes as long as all
+        does(&summary[of_B ? 0 : 1].left[of_B ? blockIdx.x % kPair * kRecurrenceWarps + part : part - kRecurrenceWarps], of_B ? fetches : kPair * fetches);
     }
 }
 
-// Until the summaries are there. Called by all lanes.
-__device__ __forceinline__ void await_summaries(const Chain& chain, uint64_t ticket, int first, int end) {
-    for_each_part(chain, first, end, [&](uint64_t* left, int) { await_left(left, ticket); });
-    __syncwarp();
-    fence_async_proxy_global();
+// Until the summary of the first of these segments is there. Returns how many are, one after the other. Called by all lanes.
+__device__ __forceinline__ int await_summaries(const Chain& chain, uint64_t ticket, int first, int end) {
+    uint32_t missing;
+    do {
+        bool is_missing = false;
+        for_each_part(chain, first, end, [&](const uint64_t* left, int) { is_missing = !is_left(left, ticket); });
+        missing = __ballot_sync(~0u, is_missing);
+    } while (missing & ((1u << kParts) - 1));
+    return missing == 0 ? end - first : (__ffs(missing) - 1) / kParts;
 }
 
 __device__ __forceinline__ void count_fetches(const Chain& chain, uint64_t ticket, int last) {

@@ -26,10 +26,18 @@ constexpr int kSegmentUnits = 2;
 constexpr int segments_of(int tasks) { return tasks / 2 + 1; }
 constexpr int tasks_for(int segments) { return 2 * segments - 1; }
 
-// The first chunk of a unit. The last ones have one more, of what is left over.
+// The first chunk of a unit. Each unit is a little longer than the one before it, for the later a segment, the later its summary is wanted: states
+// are composed with one after the other. By half a chunk, if that leaves the first one a quarter of the mean; where units are few, or very many,
+// all are even.
+constexpr int kEvenUnits = 10;   // so few are
 constexpr int border_of(int chunks, int unit, int units) {
-    const int left_over = unit - (units - chunks % units);
-    return chunks / units * unit + (left_over > 0 ? left_over : 0);
+    constexpr int kMost = 128, kParts = 64;   // of a chunk
+    const int n = units, enough = chunks < n * n ? chunks : n * n;
+    const int fits = n <= kEvenUnits || n > kMost ? 0 : 3 * kParts / 2 * (enough - n) / (n * (n - 1)), longer = fits < kParts / 2 ? fits : kParts / 2;
+    // unit chunks / n - longer unit (n - unit) / 2, rounded down
+    const int divisor = 2 * kParts * n, up = longer > 0 ? n * n : 0;
+    const int rest = chunks % n * unit * 2 * kParts - unit * (n - unit) * n * longer;
+    return chunks / n * unit + (rest + up * divisor) / divisor - up;
 }
 
 // Where some pairs are left over when every other one has a task in either phase, these spare ones find the summaries of a shorter segment of each

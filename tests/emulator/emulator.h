@@ -77,6 +77,7 @@ inline float __uint_as_float(uint32_t bits) {
 namespace emulator {
 
 constexpr int kSharedBytes = 227 * 1024, kWarp = 32;
+constexpr int kMuchAsked = 2000;   // to come together only to ask once more is no progress
 
 [[noreturn]] inline void fail(const std::string& what) { throw std::runtime_error(what); }
 
@@ -89,6 +90,7 @@ struct Warp {
     void* arguments[kWarp];
     int arrived = 0;
     uint64_t done = 0;
+    int asked = 0;   // how often its lanes have asked for other CTAs' words in vain since it was last at a barrier
 };
 
 struct Cta {
@@ -110,6 +112,8 @@ struct Thread {
     Index index;
     bool finished = false;
     const char* waits_for = nullptr;
+    const uint64_t* word = nullptr;   // of another CTA, that was asked for last,
+    uint64_t answer;                  // and what it was
     ucontext_t context;
     std::vector<char> stack;
 };
@@ -120,6 +124,7 @@ extern ucontext_t scheduler;
 extern uint64_t progress;   // counts whatever may let somebody go on
 
 inline int lane() { return current->index.x % kWarp; }
+inline Warp& warp() { return current->cta->warps[current->index.x / kWarp]; }
 
 template <class Condition>
 void wait_until(const char* what, Condition condition) {
@@ -132,7 +137,7 @@ void wait_until(const char* what, Condition condition) {
 // `act` gets the arguments of all lanes, which must have come for the same.
 template <class Act>
 void together(const char* what, void* argument, Act act) {
-    Warp& warp = current->cta->warps[current->index.x / kWarp];
+    Warp& warp = emulator::warp();
     if (warp.arrived > 0 && strcmp(warp.doing, what) != 0)
         fail(std::string("lanes diverge: some are at ") + warp.doing + ", some at " + what);
     warp.doing = what;
@@ -148,7 +153,7 @@ void together(const char* what, void* argument, Act act) {
     }
     warp.arrived = 0;
     ++warp.done;
-    ++progress;
+    progress += warp.asked < kMuchAsked;
 }
 
 inline void sync_warp() {

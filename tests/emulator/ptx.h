@@ -47,6 +47,7 @@ inline void fence_mbarrier_init() {}
 inline void arrive(Barrier& b, int bytes, uint32_t arrivals = 1) {
     if (b.missing < arrivals)
         emulator::fail("one arrival too many at a barrier");
+    emulator::warp().asked = 0;
     emulator::races::arrive(&b);
     b.missing -= arrivals;
     b.bytes += bytes;
@@ -60,6 +61,7 @@ inline void mbarrier_wait(uint32_t bar, uint32_t parity) {
     Barrier& b = barrier(emulator::shared(bar, 8));
     emulator::wait_until("a barrier", [&] { return b.phase != (parity & 1); });
     emulator::races::pass(&b);
+    emulator::warp().asked = 0;
 }
 
 inline bool mbarrier_test(uint32_t bar, uint32_t parity) {
@@ -137,6 +139,10 @@ inline uint64_t load_acquire(const uint64_t* p) {
     emulator::races::not_data(p, sizeof(*p));
     emulator::races::pass(p);
     const uint64_t seen = *p;
+    emulator::Thread& thread = *emulator::current;
+    emulator::warp().asked = thread.word == p && thread.answer == seen ? emulator::warp().asked + 1 : 0;
+    thread.word = p;
+    thread.answer = seen;
     emulator::wait_until("another CTA", [turns = 0]() mutable { return turns++ > 0; });
     return seen;
 }
