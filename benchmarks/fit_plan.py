@@ -107,10 +107,9 @@ def main(argv: Optional[List[str]] = None) -> None:
                 choice["segments"], choice["us"]), flush=True)
             torch.cuda.empty_cache()
     fit(result["points"])
-    slow = [x["us"] > SLOW * x["fitted_us"] for x in result["points"]]
-    result["left_out"] = [{key: x[key] for key in ("tokens", "heads", "segments", "us")}
-                          for x, is_slow in zip(result["points"], slow) if is_slow]
-    result["points"] = [x for x, is_slow in zip(result["points"], slow) if not is_slow]
+    slow = [x for x in result["points"] if x["us"] > SLOW * x["fitted_us"]]
+    result["points"] = [x for x in result["points"] if x not in slow]
+    result["left_out"] = [{key: x[key] for key in ("tokens", "heads", "segments", "us")} for x in slow]
     result["costs"] = fit(result["points"])
     record.save(result, path)
     print("costs: %s" % ", ".join("%s %.4g" % cost for cost in result["costs"].items()))

@@ -90,9 +90,8 @@ Work segmented_work(const Lengths& lengths, int64_t heads, int64_t all_pairs, co
     work.steps = busiest(summaries) + busiest(whole);
     if (const int n = tasks(lengths.longest); n > 1) {
         work.summaries = 1;
-        const int summaries = sm90::segments_of(n) - 1;
         const double meanwhile = (segment(lengths.longest) - first_segment(lengths.longest)) / kComposedChunks;   // while others are still being found
-        work.compositions = std::max(summaries - meanwhile, 1.0) * (1 + static_cast<double>(plan.pairs()) / all_pairs) / 2;
+        work.compositions = std::max(sm90::segments_of(n) - 1 - meanwhile, 1.0) * (1 + static_cast<double>(plan.pairs()) / all_pairs) / 2;
         work.corrections = heads * (corrected(lengths.longest) + others * corrected(lengths.rest)) * sm90::kChunk / sm90::kCorrected / all_pairs;
     }
     return work;

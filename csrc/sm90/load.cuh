@@ -66,7 +66,7 @@ __device__ __forceinline__ void load_chunks(const KernelParams& p, SharedStorage
         const Chain& chain = *next;
         if constexpr (kSharing == Sharing::kSegments) {
             if (chain.from == From::kSummaries) {
-                const int composed = chain.compositions, last = composed + (chain.to == To::kNowhere);   // its own, to be corrected
+                const int composed = chain.compositions, last = awaited_summaries(chain);
 #pragma unroll 1
                 for (int segment = 1; segment <= last; ++segment, ++summaries) {
                     const Turn<kWatched> turn(summaries);
@@ -114,7 +114,7 @@ __device__ __forceinline__ void watch_summaries(const KernelParams& p, SharedSto
         const Chain& chain = *next;
         if (chain.from != From::kSummaries)
             continue;
-        const int last = chain.compositions + (chain.to == To::kNowhere);   // its own, to be corrected
+        const int last = awaited_summaries(chain);
 #pragma unroll 1
         for (int first = 1, left; first <= last; first += left) {
             left = await_summaries(chain, p.workspace.ticket, first, min(first + kAwaitedAtOnce, last + 1));

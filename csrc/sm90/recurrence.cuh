@@ -177,7 +177,7 @@ __device__ __forceinline__ void correct(SharedStorage& smem, const Chain& chain,
         for (int chunk = 0; chunk < 2; ++chunk)
             writer.store(x[chunk], left - chunk * kChunk);
     };
-    const uint32_t begin = number, end = number + (corrected + kCorrected - 1) / kCorrected;
+    const uint32_t begin = number, end = number + correction_pieces(chain);
     await_piece(number);
     while (number != end) {
         const uint32_t slot = __reduce_max_sync(~0u, Turn<kOwnStages>(number).slot);   // the compiler sees that lanes agree

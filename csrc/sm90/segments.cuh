@@ -326,6 +326,9 @@ static_assert(sizeof(Stage) % kUnitBytes == 0 && kSummaryUnits % kStageUnits == 
 __device__ __forceinline__ int correction_pieces(const Chain& chain) { return (chain.corrected + kCorrected - 1) / kCorrected; }
 __device__ __forceinline__ int pieces_of(const Chain& chain) { return chain.compositions * kSummaryPieces + correction_pieces(chain); }
 
+// Summaries that it waits for: those that it composes with, and its own, to be corrected.
+__device__ __forceinline__ int awaited_summaries(const Chain& chain) { return chain.compositions + (chain.to == To::kNowhere); }
+
 // Who wants them: its own units, to be corrected, and what comes after these.
 __device__ __forceinline__ int fetches_of(const Chain& chain, int segment) {
     return chain.readers - kSegmentUnits * (segment - 1) + (segment > chain.spare_segment);   // which is corrected at once
