@@ -281,7 +281,7 @@ MISTAKES = {
     "a summary asked for too early": (("segments.cuh", "is_missing = !is_left(left, ticket);", "is_missing = false;"), None),
     "half of a summary": (("segments.cuh", "has_both_parts(tasks, task) && part == 0;", "false;"), "locked up"),
     "handovers counted wrongly": (("segments.cuh", "until.handovers - own.handovers + head", "head"), None),
-    "a fetch of S1 too many": (("segments.cuh", "count_fetch(left, p.workspace.ticket, chain.readers);", "count_fetch(left, p.workspace.ticket, chain.readers + 1);"), "a ticket is left"),
+    "a fetch of S1 too many": (("segments.cuh", "kRecurrenceWarps * chain.readers);", "kRecurrenceWarps * chain.readers + 1);"), "a ticket is left"),
     "a fetch of a summary too many": (("segments.cuh", "+ (segment > chain.spare_segment);", "+ 1 + (segment > chain.spare_segment);"), "a ticket is left"),
     "a fetch of a summary too few": (("segments.cuh", "+ (segment > chain.spare_segment);", "- 1 + (segment > chain.spare_segment);"), "locked up|a ticket is left"),
     "fetches behind a spare segment counted as if it were a regular one": (("segments.cuh", "+ (segment > chain.spare_segment);", ";"), "locked up|a ticket is left"),
@@ -335,7 +335,7 @@ RACES = {
     "values not waited for": (("load.cuh", "            mbarrier_wait(smem_address(&smem.values_empty[turn.slot]), turn.parity ^ 1);\n", ""), ""),
     "no proxy fence": (("prepare.cuh", "            fence_async_proxy();\n", ""), "no proxy fence"),
     "no proxy fence before summaries": (("load.cuh", "                    fence_async_proxy_global();\n", ""), "no proxy fence"),
-    "a state left too early": (("recurrence.cuh", "    __syncwarp();   // a release is for all that the warp has written\n", ""), "a read after a write.* the workspace"),
+    "a state left too early": (("segments.cuh", "    barrier(kRecurrenceBarrier, kWarpgroup);   // a release is for all that they have written\n", ""), "a read after a write.* the workspace"),
 }
 
 

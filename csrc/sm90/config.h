@@ -43,6 +43,9 @@ constexpr int kCorrected = 2 * kChunk;   // tokens whose outputs are corrected a
 constexpr int kLongSegment = 256, kLookChunks = 32;
 constexpr float kForgotten = 0x1p-32f;
 
+// Barriers that some warps of a CTA meet at: each team's, and the recurrence's. 0 is __syncthreads.
+constexpr int kTeamBarrier = 1, kRecurrenceBarrier = kTeamBarrier + kTeams;
+
 // Powers of two that keep products as small as e^-80 and as large as e^80 inside bf16 and fp32, whatever sensible length keys, values
 // and states have. They are exact, and meet only in [16]-vectors: kd and qd are held 2^kShift too large, ki and kr as much too small, the
 // residual R 2^kShift too small and the state 4^kShift too small.

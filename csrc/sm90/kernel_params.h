@@ -12,7 +12,7 @@
 namespace flash_kda::sm90 {
 
 // How states go from one CTA to others: by their two warpgroups' threads, each its own registers.
-struct Handover {
+struct alignas(64) Handover {
     union {
         float4 state[kHalves][kStateRegisters / 4][kWarpgroup];
         struct {   // or a segment's B, or its M, in fp16: see segments.cuh
@@ -24,7 +24,7 @@ struct Handover {
             int memory[kHalves * 4];   // chunks before a warp's rows of it were as good as zero
         };
     };
-    uint64_t left[kHalves * 4];   // the ticket, once a warp has left its part, and one more for each fetch of it
+    uint64_t left[kHalves];   // the ticket, once a CTA has left its half, and one more for each fetch of it
 };
 
 struct Workspace {

@@ -24,7 +24,6 @@
 namespace flash_kda::sm90 {
 
 constexpr int kHalfBlocks = kBlocks / kHalves;   // of a warp
-constexpr int kTeamBarrier = 1;   // the first of the teams' named ones
 
 class Preparer {
 public:

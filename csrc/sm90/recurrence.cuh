@@ -75,9 +75,7 @@ __device__ __forceinline__ void leave_state(Handover& handover, uint64_t ticket,
     const int thread = thread_index() % kWarpgroup;
     for (int i = 0; i < kStateRegisters / 4; ++i)
         handover.state[half][i][thread] = {S[4 * i], S[4 * i + 1], S[4 * i + 2], S[4 * i + 3]};
-    __syncwarp();   // a release is for all that the warp has written
-    if (thread % 32 == 0)
-        store_release(&handover.left[half * 4 + thread / 32], ticket);
+    say_left(handover, ticket, half);
 }
 
 __device__ __forceinline__ void set_identity(int half, float (&S)[kStateRegisters]) {
@@ -225,7 +223,7 @@ __device__ __forceinline__ void recur_chains(const KernelParams& p, SharedStorag
         uint32_t v, e, out_scale;   // of stage 0; the others follow at even distances
     };
     const auto find_places = [&](bool values) {
-        return Places{OutputWriter(smem.out[warp][0], static_cast<int64_t>(p.heads) * kDim, lane),
+        return Places{OutputWriter(smem.out[warp][0].data, static_cast<int64_t>(p.heads) * kDim, lane),
                       resident(values ? smem_address(smem.values) + v_offset(warp, lane) : smem_address(smem.zeros)),
                       resident(smem_address(smem.small[0].e[c])), resident(smem_address(smem.small[0].out_scale) + c * 8)};
     };
@@ -276,7 +274,7 @@ __device__ __forceinline__ void recur_chains(const KernelParams& p, SharedStorag
         } else if (!kSegments) {
             uint64_t* const left = fetch_state(behind_span[-1], p.workspace.ticket, rank(), S);
             if (lane == 0)
-                count_fetch(left, p.workspace.ticket, 1);
+                count_fetch(left, p.workspace.ticket, kRecurrenceWarps);
         } else if (chain.from == From::kIdentity) {
             set_identity(rank(), S);
         } else if (chain.from == From::kZero) {
@@ -422,7 +420,7 @@ __device__ __forceinline__ void recur_chains(const KernelParams& p, SharedStorag
         } else if (chain.to == To::kB) {
             leave_B(*chain.handover, p.workspace.ticket, rank(), S);
         } else if (chain.to == To::kM) {
-            leave_M(*chain.handover, p.workspace.ticket, rank(), smem.out[warp][0], memory, S);
+            leave_M(*chain.handover, p.workspace.ticket, rank(), smem.out[warp], memory, S);
         } else if (chain.to != To::kNowhere) {
             leave_state(*chain.handover, p.workspace.ticket, rank(), S);
         }

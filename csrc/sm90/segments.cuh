@@ -35,7 +35,7 @@ namespace flash_kda::sm90 {
 // B and M of a segment.
 __device__ __forceinline__ Handover* summary_of(const Chain& chain, int segment) { return &chain.handovers[2 * segment - 1]; }
 
-// Waits for what a warp leaves.
+// Waits for what a CTA leaves.
 __device__ __forceinline__ bool is_left(const uint64_t* left, uint64_t ticket) { return load_acquire(left) - ticket < 1 << 16; }
 __device__ __forceinline__ void await_left(const uint64_t* left, uint64_t ticket) {
     while (!is_left(left, ticket)) {
@@ -46,7 +46,7 @@ __device__ __forceinline__ void await_left(const uint64_t* left, uint64_t ticket
 __device__ __forceinline__ int await_memory(const Handover& M, uint64_t ticket) {
     int memory = 0;
     if (const int warp = threadIdx.x % 32; warp < kHalves * kRecurrenceWarps) {
-        await_left(&M.left[warp], ticket);
+        await_left(&M.left[warp / kRecurrenceWarps], ticket);
         memory = M.memory[warp];
     }
     return __reduce_max_sync(~0u, memory);
@@ -218,7 +218,14 @@ private:
 
 // ---- summaries through the workspace
 
-// Counts how often that was, in the ticket's lower half: the last of all fetches takes that away, for a graph's next replay has the same ticket.
+// Says that a CTA has left its half, all of its warps together: what a release waits for takes as long as a step, and longer for each warp of its own.
+__device__ __forceinline__ void say_left(Handover& handover, uint64_t ticket, int half) {
+    barrier(kRecurrenceBarrier, kWarpgroup);   // a release is for all that they have written
+    if (thread_index() % kWarpgroup == 0)
+        store_release(&handover.left[half], ticket);
+}
+
+// Counts how often it was fetched, in the ticket's lower half: the last of all fetches takes that away, for a graph's next replay has the same ticket.
 __device__ __forceinline__ void count_fetch(uint64_t* left, uint64_t ticket, int fetches) {
     atomic_count(reinterpret_cast<uint32_t*>(left), static_cast<uint32_t>(ticket) + fetches - 1);
 }
@@ -255,42 +262,32 @@ __device__ __forceinline__ void leave_B(Handover& summary, uint64_t ticket, int 
     pack_rows(S, powers, S_h);
     for (int i = 0; i < kStateRegisters / 8; ++i)
         summary.B[half][i][thread] = {S_h[4 * i], S_h[4 * i + 1], S_h[4 * i + 2], S_h[4 * i + 3]};
-    __syncwarp();   // a release is for all that the warp has written
-    if (thread % 32 == 0)
-        store_release(&summary.left[half * 4 + thread / 32], ticket);
+    say_left(summary, ticket, half);
 }
 
 // Where unit `u`, of 16 bytes, of row `row` lies in a warp's patch, [16, 16] bf16 or fp16: eight rows of 32 bytes then meet all banks.
 __device__ __forceinline__ uint32_t patch_address(const bf16* patch, int row, int u) { return smem_address(patch) + (2 * row + (u ^ (row / 4 % 2))) * 16; }
 
 // M, whose rows are those of the state, in blocks of 16 rows, a warp's own, as two HalfTiles, but of fp16: no product of (I - beta k k') and
-// decays has an element greater than 1. By tiles [16, 16] through `patch`, the warp's, two at a time: written from the registers, a row would
-// come in pieces of 4 bytes.
-__device__ __forceinline__ void leave_M(Handover& summary, uint64_t ticket, int half, bf16* patch, int memory, const float (&S)[kStateRegisters]) {
-    const int warp = half * 4 + thread_index() % kWarpgroup / 32, lane = thread_index() % 32, row = lane / 4, unit = lane % 4;   // of both tiles
-    auto& block = summary.M[warp];
-    constexpr int kTiles = 2, kTileBytes = 16 * 16 * 2;
-    const uint32_t store_address = patch_address(patch, lane % 16, lane / 16), load_address = patch_address(patch, row, unit % 2) + unit / 2 * kTileBytes;
-    for (int first = 0; first < kDim / 16; first += kTiles) {
-        __syncwarp();   // what stood in the patch has been read
-        for (int tile = 0; tile < kTiles; ++tile) {
-            uint32_t x[4];
-            for (int i = 0; i < 4; ++i) {
-                const float* const s = S + 8 * (first + tile) + 2 * i;
-                x[i] = pack_fp16(s[0] * kStateUp, s[1] * kStateUp);
-            }
-            stmatrix_x4(store_address + tile * kTileBytes, x);
+// decays has an element greater than 1. Through shared memory, `block`: written from the registers, a row would come in pieces of 4 bytes.
+__device__ __forceinline__ void leave_M(Handover& summary, uint64_t ticket, int half, HalfTile (&block)[kHalves], int memory, const float (&S)[kStateRegisters]) {
+    const int warp = half * kRecurrenceWarps + thread_index() % kWarpgroup / 32, lane = thread_index() % 32, row = lane % 16;
+    const uint32_t address = smem_address(block) + row * 128 + ((lane / 16 ^ row % 8) << 4);
+    __syncwarp();   // what stood in the block has been read
+    for (int tile = 0; tile < kBlocks; ++tile) {
+        uint32_t x[4];
+        for (int i = 0; i < 4; ++i) {
+            const float* const s = S + 8 * tile + 2 * i;
+            x[i] = pack_fp16(s[0] * kStateUp, s[1] * kStateUp);
         }
-        __syncwarp();
-        for (int h = 0; h < 2; ++h)   // 64 bytes of each of 8 rows
-            *reinterpret_cast<uint4*>(&block[first / 4][(row + 8 * h) * kHalf + ((2 * first + unit) % 8 ^ row) * 8]) =
-                load_shared_16_bytes(load_address + h * kTileBytes / 2);
+        stmatrix_x4((address ^ tile % 4 * 32) + tile / 4 * kHalfTileBytes, x);
     }
-    __syncwarp();   // a release is for all that the warp has written
-    if (lane == 0) {
+    __syncwarp();
+    for (int i = lane; i < kHalves * kHalfTileBytes / 16; i += 32)
+        reinterpret_cast<uint4*>(summary.M[warp])[i] = load_shared_16_bytes(smem_address(block) + i * 16);
+    if (lane == 0)
         summary.memory[warp] = memory;
-        store_release(&summary.left[warp], ticket);
-    }
+    say_left(summary, ticket, half);
 }
 
 // Whether the warp's part of M is not as good as zero yet. No token lengthens a row of it, so what has become so remains so. No number is none.
@@ -301,10 +298,10 @@ __device__ __forceinline__ bool remembers(const float (&S)[kStateRegisters]) {
     return __any_sync(~0u, !((sums[0] + sums[1]) + (sums[2] + sums[3]) <= kForgotten / kStateUp));
 }
 
-// What the same warp of another pair has left. The fetch is still to be counted, by a lane, when there is time.
+// What a CTA of another pair has left. The fetch is still to be counted, by a lane of each warp, when there is time.
 __device__ __forceinline__ uint64_t* fetch_state(Handover& summary, uint64_t ticket, int half, float (&S)[kStateRegisters]) {
     const int thread = thread_index() % kWarpgroup;
-    uint64_t* const left = &summary.left[half * 4 + thread / 32];
+    uint64_t* const left = &summary.left[half];
     if (thread % 32 == 0)
         await_left(left, ticket);
     __syncwarp();
@@ -334,9 +331,9 @@ __device__ __forceinline__ int fetches_of(const Chain& chain, int segment) {
     return chain.readers - kSegmentUnits * (segment - 1) + (segment > chain.spare_segment);   // which is corrected at once
 }
 
-// Of the segments from this one to before that one, the part that each warp leaves of a summary, and of what it read, and that this CTA wants, by a
-// lane each; `does` gets the word and how often the part is fetched.
-constexpr int kParts = kRecurrenceWarps + kHalves * kRecurrenceWarps;
+// Of the segments from this one to before that one, the parts of a summary that this CTA wants, its half of B and both halves of M, by a lane each;
+// `does` gets the word and how often the part is fetched.
+constexpr int kParts = 1 + kHalves;
 constexpr int kAwaitedAtOnce = 32 / kParts;   // segments
 template <class Does>
 __device__ __forceinline__ void for_each_part(const Chain& chain, int first, int end, Does does) {
@@ -344,8 +341,8 @@ __device__ __forceinline__ void for_each_part(const Chain& chain, int first, int
     for (int i = threadIdx.x % 32; i < (end - first) * kParts; i += 32) {
         const int segment = first + i / kParts, part = i % kParts, fetches = fetches_of(chain, segment);
         Handover* const summary = summary_of(chain, segment);
-        const bool of_B = part < kRecurrenceWarps;   // its lanes ask together with the others: one question takes as long as all
-        does(&summary[of_B ? 0 : 1].left[of_B ? blockIdx.x % kPair * kRecurrenceWarps + part : part - kRecurrenceWarps], of_B ? fetches : kPair * fetches);
+        const bool of_B = part == 0;   // its lanes ask together with the others: one question takes as long as all
+        does(&summary[of_B ? 0 : 1].left[of_B ? blockIdx.x % kPair : part - 1], of_B ? fetches : kPair * fetches);
     }
 }
 
@@ -440,7 +437,7 @@ __device__ __forceinline__ void compose(const KernelParams& p, SharedStorage& sm
         }
     }
     if (thread % 32 == 0)
-        count_fetch(left, p.workspace.ticket, chain.readers);
+        count_fetch(left, p.workspace.ticket, kRecurrenceWarps * chain.readers);
 }
 
 }  // namespace flash_kda::sm90

@@ -56,7 +56,7 @@ struct SharedStorage {
     HalfTile values[kValueStages];      // v, of this CTA's half of the channels
     SmallFactors small[kStages];
     PrepareScratch scratch[kTeams];
-    bf16 out[kRecurrenceWarps][2][kChunk * 16];   // a recurrence warp's [token, 16 value channels], of two chunks, on its way to global memory
+    HalfTile out[kRecurrenceWarps][kHalves];   // a recurrence warp's way to global memory: outputs, [token, 16 value channels] of two chunks, or 16 rows of M
     Span span;                          // the pair's part of the work
     Chain chains[kChains];              // of it, one after the other
     alignas(16) uint32_t zeros[4];      // instead of values, where there are none
