@@ -34,7 +34,6 @@ static_assert(kRecurrenceWarps * kRecurrenceRegisters + kPrepareWarps * kPrepare
 // both. Powers of two: a chunk's places follow from its number.
 constexpr int kOwnStages = 8, kMailStages = 4, kStages = kOwnStages + kMailStages, kValueStages = 8;
 constexpr int kChains = 16;   // scheduled ahead
-constexpr int kWatched = 4;   // summaries that have been seen, and are not asked for yet
 constexpr int kFirstChunks = 2;   // asked for at once when a launch begins: the others wait for the first one
 constexpr int kCorrected = 2 * kChunk;   // tokens whose outputs are corrected at once: a stage takes so many
 

@@ -22,14 +22,12 @@ __device__ __forceinline__ void init_barriers(SharedStorage& smem) {
             mbarrier_init(barriers[i], arrivals);
     };
     init(smem.chains_ready, kChains, 32);
-    init(smem.chains_empty, kChains, (kRecurrenceWarps + kPrepareWarps + (kSharing == Sharing::kSegments ? 3 : 2)) * 32);
+    init(smem.chains_empty, kChains, (kRecurrenceWarps + kPrepareWarps + 2) * 32);
     init(smem.loaded, kOwnStages, 1);
     init(smem.ready, kOwnStages, kTeam * 32);
     init(smem.ready + kOwnStages, kMailStages, 1);
     init(smem.empty, kOwnStages, kRecurrenceWarps * 32 + kRecurrenceWarps);
     init(smem.free, kMailStages, kRecurrenceWarps);
-    init(smem.watched, kWatched, 32);
-    init(smem.watched_empty, kWatched, 1);
     init(smem.values_loaded, kValueStages, 32);
     init(smem.values_empty, kValueStages, kRecurrenceWarps * 32);
     fence_mbarrier_init();
@@ -64,8 +62,6 @@ __global__ void __launch_bounds__(kCtaThreads, 1) fwd_kernel(const __grid_consta
             load_values<kSharing>(p, smem);
         else if (warp == kLoader + 2)
             mail_chunks(smem);
-        else if constexpr (kSharing == Sharing::kSegments)
-            watch_summaries(p, smem);
         else
             meet_cluster();
         return;

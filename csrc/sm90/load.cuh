@@ -1,4 +1,4 @@
-// Load, mail and watch: single warps that ask the copy engine for what the others will need, as far ahead as there is room. Their loops
+// Load and mail: single warps that ask the copy engine for what the others will need, as far ahead as there is room. Their loops
 // stay rolled up, as schedule's do, but for a summary's pieces: code that comes from afar is waited for by all others.
 #pragma once
 
@@ -56,7 +56,6 @@ __device__ __forceinline__ void load_chunks(const KernelParams& p, SharedStorage
     std::conditional_t<kSharing == Sharing::kSegments, SegmentWalk, SpanWalk> walk(p, smem.span);
     const uint32_t rank = blockIdx.x % kPair;
     uint32_t number = 0, pieces = 0, begun = 0;   // of the chunks that this CTA prepares; of pieces; chunks of both CTAs before this chain
-    uint32_t summaries = 0;   // that watch has seen
     const auto await_stage = [&](int ahead) -> uint32_t {   // so many behind the next one
         const Turn<kOwnStages> own(number + pieces + ahead);
         mbarrier_wait(smem_address(&smem.empty[own.slot]), own.parity ^ 1);   // passes in the first turn
@@ -68,18 +67,17 @@ __device__ __forceinline__ void load_chunks(const KernelParams& p, SharedStorage
             if (chain.from == From::kSummaries) {
                 const int composed = chain.compositions, last = awaited_summaries(chain);
 #pragma unroll 1
-                for (int segment = 1; segment <= last; ++segment, ++summaries) {
-                    const Turn<kWatched> turn(summaries);
-                    mbarrier_wait(smem_address(&smem.watched[turn.slot]), turn.parity);
+                for (int segment = 1; segment <= last;) {
+                    const int end = segment + await_summaries(chain, p.workspace.ticket, segment, min(segment + kAwaitedAtOnce, last + 1));
                     fence_async_proxy_global();
-                    if (elect_one()) {
-                        mbarrier_arrive(smem_address(&smem.watched_empty[turn.slot]));
-                        if (segment <= composed)
-                            load_summary(smem, summary_of(chain, segment), await_stage);
-                    }
-                    __syncwarp();
-                    if (segment <= composed)
-                        pieces += kSummaryPieces;
+#pragma unroll 1
+                    for (; segment < end; ++segment)
+                        if (segment <= composed) {
+                            if (elect_one())
+                                load_summary(smem, summary_of(chain, segment), await_stage);
+                            __syncwarp();
+                            pieces += kSummaryPieces;
+                        }
                 }
                 const int count = correction_pieces(chain), row = static_cast<int>(chain.first_row), head = static_cast<int>(chain.head);
                 if (elect_one())
@@ -90,6 +88,7 @@ __device__ __forceinline__ void load_chunks(const KernelParams& p, SharedStorage
                     }
                 __syncwarp();
                 pieces += count;
+                count_fetches(chain, p.workspace.ticket, last);   // takes long: not before all is asked for
             }
         }
         const int chunks = chain.chunks();
@@ -104,28 +103,6 @@ __device__ __forceinline__ void load_chunks(const KernelParams& p, SharedStorage
         begun += chunks;
     }
     await_all<kOwnStages>(await_stage);   // given back, from both CTAs
-}
-
-// Waits for summaries to be left, ahead of load: a question and its answer take as long as to ask for a summary's pieces.
-__device__ __forceinline__ void watch_summaries(const KernelParams& p, SharedStorage& smem) {
-    uint32_t number = 0;
-    meet_cluster();
-    for (uint32_t n = 0; const Chain* next = await_chain(smem, n); give_back_chain(smem, n++)) {
-        const Chain& chain = *next;
-        if (chain.from != From::kSummaries)
-            continue;
-        const int last = awaited_summaries(chain);
-#pragma unroll 1
-        for (int first = 1, left; first <= last; first += left) {
-            left = await_summaries(chain, p.workspace.ticket, first, min(first + kAwaitedAtOnce, last + 1));
-            for (int i = 0; i < left; ++i, ++number) {
-                const Turn<kWatched> turn(number);
-                mbarrier_wait(smem_address(&smem.watched_empty[turn.slot]), turn.parity ^ 1);
-                mbarrier_arrive(smem_address(&smem.watched[turn.slot]));
-            }
-        }
-        count_fetches(chain, p.workspace.ticket, last);
-    }
 }
 
 // What is prepared here, for the other CTA of the pair: once it is ready here, and there is room there.

@@ -331,34 +331,43 @@ __device__ __forceinline__ int fetches_of(const Chain& chain, int segment) {
     return chain.readers - kSegmentUnits * (segment - 1) + (segment > chain.spare_segment);   // which is corrected at once
 }
 
-// Of the segments from this one to before that one, the parts of a summary that this CTA wants, its half of B and both halves of M, by a lane each;
-// `does` gets the word and how often the part is fetched.
+// What this CTA wants of a summary: its half of B, and both halves of M.
 constexpr int kParts = 1 + kHalves;
 constexpr int kAwaitedAtOnce = 32 / kParts;   // segments
-template <class Does>
-__device__ __forceinline__ void for_each_part(const Chain& chain, int first, int end, Does does) {
-#pragma unroll 1   // a loading warp has few registers
-    for (int i = threadIdx.x % 32; i < (end - first) * kParts; i += 32) {
-        const int segment = first + i / kParts, part = i % kParts, fetches = fetches_of(chain, segment);
-        Handover* const summary = summary_of(chain, segment);
-        const bool of_B = part == 0;   // its lanes ask together with the others: one question takes as long as all
-        does(&summary[of_B ? 0 : 1].left[of_B ? blockIdx.x % kPair : part - 1], of_B ? fetches : kPair * fetches);
-    }
+
+struct Part {
+    uint64_t* left;
+    int fetches;
+};
+// Of all segments' parts, from the first one that has a summary on.
+__device__ __forceinline__ Part part_of(const Chain& chain, int n) {
+    const int segment = 1 + n / kParts, part = n % kParts, fetches = fetches_of(chain, segment);
+    Handover* const summary = summary_of(chain, segment);
+    const bool of_B = part == 0;
+    return {&summary[of_B ? 0 : 1].left[of_B ? blockIdx.x % kPair : part - 1], of_B ? fetches : kPair * fetches};
 }
 
-// Until the summary of the first of these segments is there. Returns how many are, one after the other. Called by all lanes.
+// Until the summary of the first of these segments is there. Returns how many are, one after the other. A lane a part: one question takes as long
+// as all, and as little as possible is done between two of them. Called by all lanes.
 __device__ __forceinline__ int await_summaries(const Chain& chain, uint64_t ticket, int first, int end) {
+    const int lane = threadIdx.x % 32;
+    const uint64_t* const left = part_of(chain, (first - 1) * kParts + lane).left;
+    bool is_missing = lane < (end - first) * kParts;
     uint32_t missing;
     do {
-        bool is_missing = false;
-        for_each_part(chain, first, end, [&](const uint64_t* left, int) { is_missing = !is_left(left, ticket); });
+        if (is_missing)
+            is_missing = !is_left(left, ticket);
         missing = __ballot_sync(~0u, is_missing);
     } while (missing & ((1u << kParts) - 1));
     return missing == 0 ? end - first : (__ffs(missing) - 1) / kParts;
 }
 
 __device__ __forceinline__ void count_fetches(const Chain& chain, uint64_t ticket, int last) {
-    for_each_part(chain, 1, last + 1, [&](uint64_t* left, int fetches) { count_fetch(left, ticket, fetches); });
+#pragma unroll 1
+    for (int i = threadIdx.x % 32; i < last * kParts; i += 32) {
+        const Part part = part_of(chain, i);
+        count_fetch(part.left, ticket, part.fetches);
+    }
 }
 
 // In place of a team.

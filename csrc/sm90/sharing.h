@@ -33,7 +33,7 @@ constexpr int kEvenUnits = 10;   // so few are
 constexpr int border_of(int chunks, int unit, int units) {
     constexpr int kMost = 128, kParts = 64;   // of a chunk
     const int n = units, enough = chunks < n * n ? chunks : n * n;
-    const int fits = n <= kEvenUnits || n > kMost ? 0 : 3 * kParts / 2 * (enough - n) / (n * (n - 1)), longer = fits < kParts / 2 ? fits : kParts / 2;
+    const int fits = n <= kEvenUnits || n > kMost ? 0 : 7 * kParts / 4 * (enough - n) / (n * (n - 1)), longer = fits < kParts / 2 ? fits : kParts / 2;
     // unit chunks / n - longer unit (n - unit) / 2, rounded down
     const int divisor = 2 * kParts * n, up = longer > 0 ? n * n : 0;
     const int rest = chunks % n * unit * 2 * kParts - unit * (n - unit) * n * longer;

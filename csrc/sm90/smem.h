@@ -68,8 +68,6 @@ struct SharedStorage {
     uint64_t ready[kStages];             // prepare -> recurrence, mail; copy engine, from the other CTA or with pieces -> recurrence
     uint64_t empty[kOwnStages];          // recurrence; that of the other CTA, a lane a warp, or mail -> load
     uint64_t free[kMailStages];          // recurrence of the other CTA, a lane a warp -> mail
-    uint64_t watched[kWatched];          // watch -> load: a summary has been left
-    uint64_t watched_empty[kWatched];    // load -> watch
     uint64_t values_loaded[kValueStages];   // load values, copy engine -> recurrence
     uint64_t values_empty[kValueStages];    // recurrence -> load
 };
