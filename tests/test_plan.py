@@ -54,8 +54,8 @@ def test_nothing_to_do(num_sequences, heads, num_segments):
 
 
 def border(chunks, unit, units):
-    """The first chunk of a unit: of 11 to 128 units each is half a chunk longer than the one before it, or as much as leaves the first a quarter of the mean."""
-    longer = min(Fraction(1, 2), Fraction(96 * (chunks - units) // (units * (units - 1)), 64)) if 11 <= units <= 128 else 0
+    """The first chunk of a unit: of 11 to 128 units each is 7/16 of a chunk longer than the one before it, or as much as leaves the first a quarter of the mean."""
+    longer = min(Fraction(7, 16), Fraction(96 * (chunks - units) // (units * (units - 1)), 64)) if 11 <= units <= 128 else 0
     return math.floor(Fraction(unit * chunks, units) - longer * unit * (units - unit) / 2)
 
 

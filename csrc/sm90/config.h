@@ -15,8 +15,7 @@ constexpr int kBlocks = kDim / 16;   // of 16 channels, the K of an mma
 
 // Roles of a CTA's warps, in this order. The recurrence splits V: rows of the state never mix, so each CTA of a pair has its half of a
 // chain's state, in one warpgroup. Both halves want the same factors: the CTAs prepare chunks in turn, and each mails what it prepares to
-// the other one. Prepare is two warps a chunk, a half of the key channels each. Loaders are single warps, and where no chain is cut one of
-// their warpgroup is idle.
+// the other one. Prepare is two warps a chunk, a half of the key channels each. Loaders are single warps, and one of their warpgroup is idle.
 constexpr int kWarpgroup = 128;
 constexpr int kRecurrenceWarps = 4, kPrepareWarps = 8, kLoadWarps = 4;
 constexpr int kCtaThreads = (kRecurrenceWarps + kPrepareWarps + kLoadWarps) * 32;

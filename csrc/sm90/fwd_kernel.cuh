@@ -15,7 +15,6 @@
 namespace flash_kda::sm90 {
 
 // By one thread.
-template <Sharing kSharing>
 __device__ __forceinline__ void init_barriers(SharedStorage& smem) {
     const auto init = [](uint64_t* barriers, int count, int arrivals) {
         for (int i = 0; i < count; ++i)
@@ -67,7 +66,7 @@ __global__ void __launch_bounds__(kCtaThreads, 1) fwd_kernel(const __grid_consta
         return;
     }
     if (threadIdx.x == 0)
-        init_barriers<kSharing>(smem);
+        init_barriers(smem);
     if (threadIdx.x == 32 && p.tokens > 0) {
         prefetch_map(p.g);
         prefetch_map(p.k);

@@ -12,7 +12,7 @@
 namespace flash_kda::sm90 {
 
 // How states go from one CTA to others: by their two warpgroups' threads, each its own registers.
-struct alignas(64) Handover {
+struct alignas(64) Handover {   // whole sectors, however many
     union {
         float4 state[kHalves][kStateRegisters / 4][kWarpgroup];
         struct {   // or a segment's B, or its M, in fp16: see segments.cuh
@@ -21,7 +21,7 @@ struct alignas(64) Handover {
         };
         struct {
             __half M[kBlocks][kHalves][16 * kHalf];
-            int memory[kHalves * 4];   // chunks before a warp's rows of it were as good as zero
+            int memory[kHalves * kRecurrenceWarps];   // chunks before a warp's rows of it were as good as zero
         };
     };
     uint64_t left[kHalves];   // the ticket, once a CTA has left its half, and one more for each fetch of it

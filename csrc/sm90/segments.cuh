@@ -317,7 +317,7 @@ __device__ __forceinline__ uint64_t* fetch_state(Handover& summary, uint64_t tic
 constexpr int kUnitBytes = kHalves * kHalfTileBytes, kStageUnits = static_cast<int>(sizeof(Stage)) / kUnitBytes;
 constexpr int kUnitLoads = kUnitBytes / static_cast<int>(kWarpgroup * sizeof(uint4));   // uint4s a thread
 constexpr int kStateUnits = kStateRegisters / 8 / kUnitLoads, kSummaryUnits = kBlocks + kStateUnits;
-constexpr int kSummaryPieces = kSummaryUnits / kStageUnits;
+constexpr int kSummaryPieces = kSummaryUnits / kStageUnits, kFirstOfB = kBlocks / kStageUnits;   // the piece in which B begins
 static_assert(sizeof(Stage) % kUnitBytes == 0 && kSummaryUnits % kStageUnits == 0 && sizeof(Handover::M) == kBlocks * kUnitBytes);
 
 __device__ __forceinline__ int correction_pieces(const Chain& chain) { return (chain.corrected + kCorrected - 1) / kCorrected; }
@@ -359,6 +359,7 @@ __device__ __forceinline__ int await_summaries(const Chain& chain, uint64_t tick
             is_missing = !is_left(left, ticket);
         missing = __ballot_sync(~0u, is_missing);
     } while (missing & ((1u << kParts) - 1));
+    __syncwarp();   // what one has seen the others know of
     return missing == 0 ? end - first : (__ffs(missing) - 1) / kParts;
 }
 
@@ -380,14 +381,18 @@ __device__ __forceinline__ void arrive_with_piece(uint64_t& ready, int bytes) {
 // when it is compiled need not be found between two of them.
 template <class AwaitStage>
 __device__ __forceinline__ void load_summary(SharedStorage& smem, const Handover* summary, AwaitStage await_stage) {
-    const char* const B = reinterpret_cast<const char*>(summary[0].B[blockIdx.x % kPair]);
+    const int half = blockIdx.x % kPair;
+    const char* const B = reinterpret_cast<const char*>(summary[0].B[half]);
     const char* const M = reinterpret_cast<const char*>(summary[1].M);
 #pragma unroll
     for (int piece = 0; piece < kSummaryPieces; ++piece) {
         const uint32_t slot = await_stage(piece);
         char* const stage = reinterpret_cast<char*>(&smem.stages[slot]);
         const int first = piece * kStageUnits, of_M = min(max(kBlocks - first, 0), kStageUnits);
-        arrive_with_piece(smem.ready[slot], sizeof(Stage));
+        const int bytes_of_powers = piece == kFirstOfB ? sizeof(summary->powers[half]) : 0;
+        arrive_with_piece(smem.ready[slot], sizeof(Stage) + bytes_of_powers);
+        if (piece == kFirstOfB)
+            bulk_load(smem.small[slot].powers, summary->powers[half], bytes_of_powers, smem.ready[slot]);
         if (of_M > 0)
             bulk_load(stage, M + first * kUnitBytes, of_M * kUnitBytes, smem.ready[slot]);
         if (of_M < kStageUnits)
@@ -405,6 +410,7 @@ __device__ __forceinline__ void compose(const KernelParams& p, SharedStorage& sm
     for (int segment = 1; segment <= chain.compositions; ++segment) {
         float powers[2];
         float2 powers_of_B;
+        uint4 B[kStateRegisters / 8];
         find_powers(S, powers);
         uint32_t S_h[kStateRegisters / 2];
         pack_rows(S, powers, S_h);
@@ -415,8 +421,6 @@ __device__ __forceinline__ void compose(const KernelParams& p, SharedStorage& sm
             const uint32_t stage = smem_address(&smem.stages[own.slot]);
             const int first = piece * kStageUnits, end = first + kStageUnits;
             mbarrier_wait(smem_address(&smem.ready[own.slot]), own.parity);
-            if (first == 0)   // not before load knows that it has been left
-                powers_of_B = summary_of(chain, segment)->powers[blockIdx.x % kPair][thread];
             if (first < kBlocks) {
                 cute::warpgroup_arrive();
                 for (int block = first; block < min(end, kBlocks); ++block) {
@@ -424,25 +428,25 @@ __device__ __forceinline__ void compose(const KernelParams& p, SharedStorage& sm
                     wgmma<ComposeAtom>(S, S_h + 4 * block, M, block == 0 ? ScaleOut::Zero : ScaleOut::One);
                 }
                 cute::warpgroup_commit_batch();
-                if (end < kBlocks)
-                    continue;
-                cute::warpgroup_wait<0>();
-                fence_operands(S);
-                for (int before = piece; before > 0; --before)
-                    release(Turn<kOwnStages>(number - before).slot);
             }
-            for (int i = (max(first, kBlocks) - kBlocks) * kUnitLoads; i < (end - kBlocks) * kUnitLoads; ++i) {
-                const uint4 x = load_shared_16_bytes(stage + ((i - (first - kBlocks) * kUnitLoads) * kWarpgroup + thread) * 16);
-                const uint32_t pairs[4] = {x.x, x.y, x.z, x.w};
-                for (int j = 0; j < 4; ++j) {
-                    const float2 B = unpack_fp16(pairs[j]);
-                    const float power = j % 2 == 0 ? powers_of_B.x : powers_of_B.y;
-                    float* const s = S + 8 * i + 2 * j;
-                    s[0] = fmaf(s[0], powers[j % 2], B.x * power);
-                    s[1] = fmaf(s[1], powers[j % 2], B.y * power);
-                }
+            if (piece == kFirstOfB)
+                powers_of_B = load_shared_float2(smem_address(&smem.small[own.slot].powers[thread]));
+            for (int i = (max(first, kBlocks) - kBlocks) * kUnitLoads; i < (end - kBlocks) * kUnitLoads; ++i)
+                B[i] = load_shared_16_bytes(stage + ((i - (first - kBlocks) * kUnitLoads) * kWarpgroup + thread) * 16);
+        }
+        cute::warpgroup_wait<0>();
+        fence_operands(S);
+        for (int before = kSummaryPieces; before > 0; --before)
+            release(Turn<kOwnStages>(number - before).slot);
+        for (int i = 0; i < kStateRegisters / 8; ++i) {
+            const uint32_t pairs[4] = {B[i].x, B[i].y, B[i].z, B[i].w};
+            for (int j = 0; j < 4; ++j) {
+                const float2 b = unpack_fp16(pairs[j]);
+                const float power = j % 2 == 0 ? powers_of_B.x : powers_of_B.y;
+                float* const s = S + 8 * i + 2 * j;
+                s[0] = fmaf(s[0], powers[j % 2], b.x * power);
+                s[1] = fmaf(s[1], powers[j % 2], b.y * power);
             }
-            release(own.slot);
         }
     }
     if (thread % 32 == 0)

@@ -27,13 +27,13 @@ constexpr int segments_of(int tasks) { return tasks / 2 + 1; }
 constexpr int tasks_for(int segments) { return 2 * segments - 1; }
 
 // The first chunk of a unit. Each unit is a little longer than the one before it, for the later a segment, the later its summary is wanted: states
-// are composed with one after the other. By half a chunk, if that leaves the first one a quarter of the mean; where units are few, or very many,
-// all are even.
+// are composed with one after the other. By seven sixteenths of a chunk, if that leaves the first one a quarter of the mean; where units are few, or
+// very many, all are even.
 constexpr int kEvenUnits = 10;   // so few are
 constexpr int border_of(int chunks, int unit, int units) {
-    constexpr int kMost = 128, kParts = 64;   // of a chunk
+    constexpr int kMost = 128, kParts = 64, kLonger = 7 * kParts / 16;   // of a chunk
     const int n = units, enough = chunks < n * n ? chunks : n * n;
-    const int fits = n <= kEvenUnits || n > kMost ? 0 : 7 * kParts / 4 * (enough - n) / (n * (n - 1)), longer = fits < kParts / 2 ? fits : kParts / 2;
+    const int fits = n <= kEvenUnits || n > kMost ? 0 : 3 * kParts / 2 * (enough - n) / (n * (n - 1)), longer = fits < kLonger ? fits : kLonger;
     // unit chunks / n - longer unit (n - unit) / 2, rounded down
     const int divisor = 2 * kParts * n, up = longer > 0 ? n * n : 0;
     const int rest = chunks % n * unit * 2 * kParts - unit * (n - unit) * n * longer;

@@ -34,9 +34,14 @@ struct Stage {
 // The rest of a chunk's factors. wgmma takes t and z as B, K-major without swizzle: 8x8 matrices of 128 bytes, [k / 8][n / 8].
 struct SmallFactors {
     bf16 t[2 * kChunk * kChunk];   // [T over 0]: what v adds to [R | O]
-    bf16 z[kChunk * kChunk];       // Z
-    float e[4][36];                // E in the order of the accumulators: [lane % 4][channel / 8][2]; rows kept apart in banks
-    float out_scale[kChunk];       // scale / |q|, and the powers of two that O is short of
+    union {
+        struct {
+            bf16 z[kChunk * kChunk];   // Z
+            float e[4][36];            // E in the order of the accumulators: [lane % 4][channel / 8][2]; rows kept apart in banks
+            float out_scale[kChunk];   // scale / |q|, and the powers of two that O is short of
+        };
+        float2 powers[kWarpgroup];     // or, of a summary's piece with the first of B, what its rows are short of
+    };
 };
 constexpr int kTColumnBytes = 2 * kChunk * 8 * 2;   // one k / 8 column of matrices in t
 constexpr int kZColumnBytes = kChunk * 8 * 2;       // and in z
