@@ -18,7 +18,7 @@ constexpr int64_t kMax31 = std::numeric_limits<int32_t>::max();
 
 constexpr int kSecondTaskChunks = 3;   // another task in a phase takes so many chunks more than its own
 constexpr double kComposedChunks = 2;   // in the time of so many steps a state is composed with a summary
-constexpr int kLeastUnit = 4;   // chunks, where units are not even: shorter ones would save less than one composition more costs
+constexpr double kLeastUnit = 4.5;   // chunks, where units are not even: shorter ones would save less than one composition more costs
 constexpr int kFewChains = 16;   // an SM: with more, even a long one is no hurry
 
 [[noreturn]] void too_many(const char* what, int64_t a, int64_t b) {
@@ -100,7 +100,7 @@ Work segmented_work(const Lengths& lengths, int64_t heads, int64_t all_pairs, co
 }  // namespace
 
 double Work::microseconds() const {
-    return 4.38 + 0.465 * steps + 3.71 * summaries + 0.984 * compositions + 0.437 * corrections;
+    return 4.42 + 0.46 * steps + 3.59 * summaries + 0.84 * compositions + 0.4 * corrections;
 }
 
 Plan make_plan(int64_t num_sequences, int64_t tokens, int64_t heads, bool packed, int num_segments, int sms) {
@@ -160,7 +160,7 @@ Plan make_plan(int64_t num_sequences, int64_t tokens, int64_t heads, bool packed
     };
     if (num_segments > 0 || chains > kFewChains * sms)
         return best;
-    const int most_units = std::min(long_one, std::max(long_one / kLeastUnit, sm90::kEvenUnits));
+    const int most_units = std::min(long_one, std::max(static_cast<int>(long_one / kLeastUnit), sm90::kEvenUnits));
     for (int tasks = 2; tasks <= all_pairs && sm90::units_of(tasks) <= most_units; ++tasks)
         consider(segmented(lengths_known ? tasks : all_pairs, long_one / sm90::units_of(tasks)));
     // A pair for every task, and the pairs left over for one segment more of each chain, so long that they are done when the others are: with `each`
