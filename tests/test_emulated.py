@@ -144,11 +144,12 @@ def test_one_segment_is_the_serial_order(kernel, pairs):
     assert same_bits(out, found) and same_bits(state, found_state)
 
 
-@pytest.mark.parametrize("tasks", [2, 3, 4, 7, 8, 13])
+@pytest.mark.parametrize("tasks", [2, 3, 4, 7, 8, 13, 23])
 @pytest.mark.parametrize("gate", ["mixed", "none"])
 @pytest.mark.parametrize("lens, pairs", [([400], 4), ([400, 70, 0, 33, 150], 10)], ids=str)  # the latter in different numbers of segments
 def test_segments(kernel, tasks, gate, lens, pairs):
-    """Two to seven, the last a half one where the tasks are even in number; of seven each is longer than the one before it."""
+    """Two to seven, the last a half one where the tasks are even in number, and twelve, more than are asked for at once; from seven on each is longer than
+    the one before it."""
     x = make(lens, heads=1, gate=gate)
     check(x, *run(kernel, x, sharing="segments", pairs=pairs, tasks=tasks), path="cuda", slack=1.5)
 
