@@ -7,7 +7,7 @@
 
 namespace flash_kda {
 
-// What a CTA leaves for others where a chain is cut: an fp32 state, and a ticket a half.
+// What a pair leaves for others where a chain is cut: an fp32 state, and a ticket a half, in 64 bytes.
 constexpr int64_t kHandoverBytes = 128 * 128 * 4 + 64;
 constexpr int64_t kYRowBytes = 128 * 2;
 
