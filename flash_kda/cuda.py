@@ -71,7 +71,7 @@ def fwd(
         float(lower_bound),
         plan,
         device.index,
-        torch.cuda.current_stream(device).cuda_stream,
+        torch.cuda.current_stream(device.index).cuda_stream,  # a torch.device takes a microsecond longer
     )
     # Autograd cannot see the kernel's writes: a graph that saved one of these for backward must notice.
     # An inference tensor has no version, and older PyTorch refuses to raise it.
