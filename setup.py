@@ -1,7 +1,8 @@
 """Builds flash_kda and its CUDA kernels: `pip install -v --no-build-isolation .`
 
 Environment:
-    FLASH_KDA_CUDA_ARCHS       architectures to compile for, separated by ';' or ','; "90a" by default
+    FLASH_KDA_CUDA_ARCHS       architectures to compile for, separated by ';' or ','; "90a" by default, the only one that the
+                               kernels run on
     FLASH_KDA_SKIP_CUDA_BUILD  "1" installs the Python package alone (the CPU path), without compiling
     CUDA_HOME, CUTLASS_PATH    where the CUDA toolkit and the CUTLASS headers are, if not where toolchain.py finds them
     MAX_JOBS                   how many files to compile at a time (with ninja)

@@ -4,7 +4,7 @@
     python benchmarks/fit_plan.py        # a minute
 
 Single sequences of several lengths, on several numbers of heads, are each cut into several numbers of segments. The
-plan says what the busiest CTA then does (`Work`); least squares of the relative errors say what each part of it costs.
+plan says what the busiest CTA then does (`Work`); a robust fit of the relative errors says what each part of it costs.
 Points that take much longer than a first fit says are left out of the second one.
 Writes results/plan/DEVICE.json: points, those left out, costs, and what the plan chose beside the best that was measured.
 The costs are then typed into csrc/plan.cpp; a test holds the two together. Choices are those of the costs that the
@@ -32,7 +32,7 @@ HEADS = (2, 4, 8, 16, 24, 64, 96)
 SEGMENTS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 17)
 CHUNK = 16
 FIT_SCALE, FIT_ROUNDS = 0.05, 30
-SLOW = 1.15  # times what a first fit says: now and then a machine takes twice its time for a while
+SLOW = 1.15  # times what a first fit says: a machine that hesitates, or short serial calls with many heads, of which the model knows too little
 PARTS = tuple(part for part in report.PLAN_UNITS if part != "launch")
 
 

@@ -5,6 +5,7 @@ Triton `chunk_kda`. A peer that is not installed raises ImportError when it is m
 """
 import argparse
 import ctypes
+import hashlib
 import importlib.util
 import inspect
 import os
@@ -31,7 +32,7 @@ def _version(distribution: str) -> str:
 
 
 def _shipped(package: str, distribution: str, pattern: str) -> Tuple[Path, str]:
-    """A file that a package ships, and whose version it is; the package itself is not imported, which may take long.
+    """A file that a package ships, and which one it is, by the package's version or by its own hash; the package itself is not imported, which may take long.
 
     `pattern` is relative to the package. A file of that name is taken from the installed package, else from the
     folder PEERS_DIR (default: .peers in the working directory). Raises ImportError where neither has it.
@@ -42,7 +43,7 @@ def _shipped(package: str, distribution: str, pattern: str) -> Tuple[Path, str]:
             return path, "%s %s" % (distribution, _version(distribution))
     name = pattern.split("/")[-1]
     for path in Path(os.environ.get("PEERS_DIR", ".peers")).glob(name):
-        return path, "%s, unpacked" % distribution
+        return path, "%s (SHA-256 %s)" % (distribution, hashlib.sha256(path.read_bytes()).hexdigest()[:12])
     raise ImportError("no %s: install %s, or put that file of it into PEERS_DIR" % (name, distribution))
 
 

@@ -319,9 +319,9 @@ def plan_summary(result: Result) -> str:
     """How well the costs explain the times measured, and where the plan's choice lost most."""
     errors = [abs(point["fitted_us"] / point["us"] - 1) for point in result["points"]]
     worst = max(result["choices"], key=lambda x: x["us"] / x["best_us"])
-    return ("%d points; relative error of the fit: median %.1f %%, worst %.1f %%. Of %d shapes the plan's worst choice is at "
+    return ("%d points, and %d left out; relative error of the fit: median %.1f %%, worst %.1f %%. Of %d shapes the plan's worst choice is at "
             "T%d-H%d: number of segments %d, %.1f µs, which is %.2f times the quickest measured, number of segments %d, %.1f µs." % (
-                len(errors), 100 * statistics.median(errors), 100 * max(errors), len(result["choices"]),
+                len(errors), len(result["left_out"]), 100 * statistics.median(errors), 100 * max(errors), len(result["choices"]),
                 worst["tokens"], worst["heads"], worst["segments"], worst["us"], worst["us"] / worst["best_us"],
                 worst["best_segments"], worst["best_us"]))
 
@@ -352,6 +352,11 @@ def scaling_text(result: Result) -> str:
     return "flash_kda's µs; in brackets, times as long the quickest peer takes.\n\n" + scaling_table(result)
 
 
+def _range(form: str, values: List[float]) -> str:
+    """From the least to the greatest, or what both are written as."""
+    return "–".join(dict.fromkeys(form % x for x in (min(values), max(values))))
+
+
 def ladder_table(history: History) -> str:
     """A line a version of the kernel."""
     row, = select(history["row"])
@@ -360,8 +365,7 @@ def ladder_table(history: History) -> str:
     for version in history["versions"]:
         commit, predicted, measured = version["commit"], version["predicted_us"], version["measured_us"]
         lines.append([str(version["version"]), version["change"], "`%s`" % commit[:7] if commit else "—", version["finding"] or "",
-                      "%g" % predicted if predicted else "—", "–".join("%g" % us for us in measured),
-                      "–".join("%.2f" % (us / floor) for us in measured)])
+                      "%g" % predicted if predicted else "—", _range("%g", measured), _range("%.2f", [us / floor for us in measured])])
     return _table(["", "what changed", "commit", "what it taught", "predicted µs", "measured µs", "× floor"], lines,
                   text_columns=4)
 
@@ -375,9 +379,10 @@ def tried_table(history: History) -> str:
 
 def profile_table(history: History) -> str:
     """Figures of Nsight Compute's, or what else says where the time goes."""
-    lines = [[entry["quantity"], ("%g %s" % (entry["value"], entry["unit"])).strip(), str(entry["version"])]
+    row = "%s, %s gate" % (history["row"], history["gate"])
+    lines = [[entry["quantity"], entry["of"] or row, ("%g %s" % (entry["value"], entry["unit"])).strip(), str(entry["version"])]
              for entry in history["profile"]]
-    return _table(["quantity", "value", "version"], lines, text_columns=1)
+    return _table(["quantity", "of", "value", "version"], lines, text_columns=2)
 
 
 class Kind(NamedTuple):

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measures how the time of one sequence grows with its length, a curve a number of heads, beside the peers.
+"""Measures how the time of one sequence grows with its length, for several numbers of heads, beside the peers.
 
     python benchmarks/scaling.py                       # the random gate
     python benchmarks/scaling.py --gates random,slow --peers flashkda

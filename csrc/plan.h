@@ -27,7 +27,7 @@ struct Plan {
     int64_t chains;             // (sequence, head) pairs: independent, each one serial in time
     sm90::Sharing sharing;      // of the chains among the CTAs
     int tasks;                  // of a chain in each phase, at most: see sharing.h
-    int least_chunks;           // of a unit
+    int least_chunks;           // of a unit, on average
     int64_t spare_pairs;        // of CTAs, which have a segment of each chain among them,
     int spare_chunks;           // and so long are its two units
     uint32_t grid;              // CTAs, two a pair, no more than SMs: each fills one
@@ -41,7 +41,7 @@ struct Plan {
     int64_t workspace_bytes() const { return Y_bytes() + handovers * kHandoverBytes; }
 };
 
-// `num_segments`: 1, the serial order; more, so many segments of every chain that has as many chunks; 0, whatever is quickest.
+// `num_segments`: 1, the serial order; n, so many of every chain of more than 2 (n - 1) chunks; 0, whatever is quickest.
 // Throws std::invalid_argument where the sizes cannot be launched or addressed.
 Plan make_plan(int64_t num_sequences, int64_t tokens, int64_t heads, bool packed, int num_segments, int sms);
 

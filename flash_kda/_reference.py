@@ -41,7 +41,7 @@ def reference(
         out, fp64 [B, T, H, V], and the final state, fp64 [N, H, V, K], both new.
 
     Raises:
-        ValueError: cu_seqlens with B != 1, or its contents do not start at 0, never fall and end at T.
+        ValueError: cu_seqlens with B != 1, or contents that do not rise from 0 to T (equal allowed).
     """
     B, T, H, K = q.shape
     V = v.shape[-1]

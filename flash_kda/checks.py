@@ -1,7 +1,7 @@
 """Validation of `flash_kda.fwd`'s arguments.
 
-It stands on the host path of every CUDA call, so a good call must pass in a few microseconds: messages are put
-together only once something is wrong.
+It is on the host path of every CUDA call, so a good call must pass in a few microseconds: messages are
+built only when something is wrong.
 """
 
 import numbers

@@ -48,7 +48,7 @@ def fwd(
         out: bf16 [B, T, H, V], written in place. May share memory with no other argument.
         A_log: fp32 [H].
         dt_bias: fp32 [H, K].
-        lower_bound: log-decay of a token at a fully open gate, in [-5, 0] (natural logarithm).
+        lower_bound: lower bound of a token's log-decay, in [-5, 0] (natural logarithm).
         initial_state: bf16 or fp32 [N, H, V, K], N = B or the number of packed sequences; None starts from zero.
         final_state: same shape, and same dtype as `initial_state`, written in place; None if not wanted. It may be
             the very tensor `initial_state`, and may share memory with nothing else.
@@ -59,11 +59,11 @@ def fwd(
             nothing outside the tensors is touched.
         num_segments: on CUDA, into how many segments, done side by side, each sequence is cut in time: 1 to 1024. Where
             few heads leave the GPU idle this is several times faster; no assumption about the gates is made, and the
-            error stays inside the same bound, but other numbers of segments give other last bits. None chooses by T, N,
+            error stays inside the same bound, but other numbers of segments give other last bits. None goes by T, N,
             H and the GPU; 1 is the serial order, in which a sequence's bits are the same in every batch and pack; n
-            cuts sequences of more than 32 (n - 1) tokens into n, shorter ones into fewer. They are about equally long,
-            but the last may be half as long as the others, and of six or more each may be some chunks of 16 tokens
-            longer than the one before it. The CPU path knows the serial order only.
+            cuts sequences of more than 32 (n - 1) tokens into n, shorter ones into fewer. Segments are about equal,
+            but the last may be half as long as the others, and with six or more each may be a few 16-token chunks
+            longer than the one before it. The CPU path has the serial order only.
 
     All tensors are contiguous and on one device; on CUDA, q, k, v, g, out and the states start on a multiple of 16
     bytes. Bad input raises before anything is written or launched.

@@ -60,10 +60,13 @@ def history():
             "versions": [{"version": 1, "change": "first", "commit": "0123456789abcdef", "predicted_us": 500,
                           "measured_us": [679.5], "finding": "waits"},
                          {"version": 2, "change": "second", "commit": None, "predicted_us": None,
-                          "measured_us": [340, 509.6], "finding": None}],
+                          "measured_us": [509.6, 340], "finding": None},
+                         {"version": 3, "change": "third", "commit": None, "predicted_us": 300,
+                          "measured_us": [339.7, 340.1], "finding": None}],
             "tried": [{"change": "slower", "us": 510, "instead_of_us": 480, "finding": "spills"},
                       {"change": "the same", "us": None, "instead_of_us": None, "finding": None}],
-            "profile": [{"quantity": "waiting", "value": 12.5, "unit": "%", "version": 2}]}
+            "profile": [{"quantity": "waiting", "value": 12.5, "unit": "%", "version": 2, "of": None},
+                        {"quantity": "a step", "value": 0.5, "unit": "µs", "version": 3, "of": "T64-H1, slow gate"}]}
 
 
 @pytest.fixture
@@ -78,7 +81,8 @@ def later():
 def planned(synthetic):
     """What fit_plan.py writes: a fit a tenth over, and one exact; a plan that chose best, and one that did not."""
     costs = {"launch": 6.04, "steps": 0.3611, "summaries": 3.0, "compositions": 0.75, "corrections": 0.5}
-    synthetic.update(costs=costs, points=[{"us": 100.0, "fitted_us": 110.0}, {"us": 50.0, "fitted_us": 50.0}], choices=[
+    synthetic.update(costs=costs, points=[{"us": 100.0, "fitted_us": 110.0}, {"us": 50.0, "fitted_us": 50.0}],
+                     left_out=[{"tokens": 512, "heads": 96, "segments": 1, "us": 45.3}], choices=[
         {"tokens": 32768, "heads": 4, "segments": 9, "us": 400.0, "best_segments": 9, "best_us": 400.0},
         {"tokens": 4096, "heads": 8, "segments": 5, "us": 78.0, "best_segments": 7, "best_us": 60.0}])
     return synthetic
@@ -221,9 +225,11 @@ def test_tables_are_rectangular_and_say_what_is_missing(synthetic):
 def test_ladder_tables(history):
     assert cells(report.ladder_table(history))[2:] == [
         ["1", "first", "`0123456`", "waits", "500", "679.5", "2.00"],
-        ["2", "second", "—", "", "—", "340–509.6", "1.00–1.50"]]
+        ["2", "second", "—", "", "—", "340–509.6", "1.00–1.50"],
+        ["3", "third", "—", "", "300", "339.7–340.1", "1.00"]]
     assert cells(report.tried_table(history))[2:] == [["slower", "spills", "510", "480"], ["the same", "", "—", "—"]]
-    assert cells(report.profile_table(history))[2:] == [["waiting", "12.5 %", "2"]]
+    assert cells(report.profile_table(history))[2:] == [
+        ["waiting", "T8192-H96, slow gate", "12.5 %", "2"], ["a step", "T64-H1, slow gate", "0.5 µs", "3"]]
 
 
 def test_plan_text(planned):
@@ -231,7 +237,7 @@ def test_plan_text(planned):
     assert [line[0] + line[2] for line in cells(report.plan_table(planned))[3:]] == [
         "`steps`0.361", "`summaries`3", "`compositions`0.75", "`corrections`0.5"]
     text = report.plan_text(planned)
-    assert "2 points; relative error of the fit: median 5.0 %, worst 10.0 %" in text
+    assert "2 points, and 1 left out; relative error of the fit: median 5.0 %, worst 10.0 %" in text
     assert "Of 2 shapes" in text and "T4096-H8: number of segments 5, 78.0 µs, which is 1.30 times" in text
     assert "number of segments 7, 60.0 µs." in text
 
@@ -302,7 +308,7 @@ def test_documents_are_brought_up_to_date_once(project):
     assert "Test GPU" in readme and "| standard | slow | 2 |" in readme and ".png" not in readme
     document = (project / "docs" / "performance.md").read_text(encoding="utf-8")
     assert "| T8192-H64 | slow |" in document and "1.23e-03" in document
-    assert "| 1 | first |" in document and "| slower |" in document and "| waiting | 12.5 % | 2 |" in document
+    assert "| 1 | first |" in document and "| slower |" in document and "| waiting | T8192-H96, slow gate | 12.5 % | 2 |" in document
     assert "**Test GPU**: T8192-H96, slow gate." in document
 
 
@@ -635,6 +641,7 @@ def test_cudnn_is_launched_on_what_it_reads(cudnn, lens, heads, pieces, bounds):
     p = measure.problem(rows.Row("test", "test", heads, lens), "slow", device="cpu")
     out, state = kernel(p)
     kernel(p)
+    assert kernel.version == "nvidia-cudnn-frontend (SHA-256 e3b0c44298fc)"  # an empty file
     assert out.shape == p.v.shape and out.dtype == torch.bfloat16
     assert state.shape == p.initial_state.shape and state.dtype == torch.float32
     (function, x, y, z, *block, smem, stream, (values, types), extra), again = driver.launches

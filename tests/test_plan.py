@@ -16,7 +16,7 @@ MAX = 2**31 - 1
 
 
 SMS = 132
-HANDOVER_BYTES = 128 * 128 * 4 + 8 * 8  # an fp32 state, and a ticket for each of eight warps
+HANDOVER_BYTES = 128 * 128 * 4 + 8 * 8  # an fp32 state, and a ticket for each CTA, in a line of 64 bytes
 Y_BYTES = 128 * 2  # of a token and head
 SERIAL, FREE = 1, 0
 SECOND_TASK = 3  # chunks that a second task in a phase costs more, as csrc/plan.cpp has it

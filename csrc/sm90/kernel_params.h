@@ -11,7 +11,7 @@
 
 namespace flash_kda::sm90 {
 
-// How states go from one CTA to others: by their two warpgroups' threads, each its own registers.
+// What a pair leaves for others: a state or B in the order of its two warpgroups' registers, M as wgmma reads it.
 struct alignas(64) Handover {   // whole sectors, however many
     union {
         float4 state[kHalves][kStateRegisters / 4][kWarpgroup];
@@ -42,7 +42,7 @@ struct KernelParams {
     const int64_t* cu_seqlens;
     Workspace workspace;
     int tasks;                // of a chain that is cut, at most,
-    int least_chunks;         // and of a unit, at least
+    int least_chunks;         // and of a unit, at least, on average
     uint32_t regular_pairs;   // of CTAs; the others are spare,
     int spare_chunks;         // and so long are the two units of a chain that are theirs. Zero: it has none
 

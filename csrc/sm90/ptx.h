@@ -1,4 +1,4 @@
-// One-instruction wrappers. Each that touches memory says so to the compiler, so nothing is moved across it.
+// One-instruction wrappers. Each that writes memory, or reads what the kernel writes, says so to the compiler, so nothing is moved across it.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -96,7 +96,7 @@ __device__ __forceinline__ bool elect_one() {
     return elected != 0;
 }
 
-// Orders this thread's shared-memory stores before later reads by wgmma.
+// Orders this thread's shared-memory stores before later accesses by wgmma or the copy engine.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // The same value, from here on in a register of its own: the compiler would rather make some values anew, or copy them from a

@@ -70,7 +70,7 @@ __device__ __forceinline__ void store_state(const KernelParams& p, const Chain& 
     }
 }
 
-// The other half of a cut chain's state, between CTAs; nobody but the same warp of the neighbour waits for a warp's part.
+// A cut chain's state, between CTAs: a warp's part is read by the same warp of the neighbour.
 __device__ __forceinline__ void leave_state(Handover& handover, uint64_t ticket, int half, const float (&S)[kStateRegisters]) {
     const int thread = thread_index() % kWarpgroup;
     for (int i = 0; i < kStateRegisters / 4; ++i)

@@ -14,7 +14,7 @@ constexpr int kPair = 2;
 constexpr int kStateChunks = 9;   // a chain's states take as long to come and go as so many chunks do
 
 // A chain that is cut has so many tasks, each a pair's, in each of two phases: see segments.cuh. 1: it is not cut. Its tokens are one unit
-// more, each of at least `least_chunks`.
+// more, of at least `least_chunks` on average.
 constexpr int tasks_of(int chunks, int least_chunks, int most) {
     const int fit = chunks / least_chunks - 1;
     return fit < 1 ? 1 : fit < most ? fit : most;
@@ -27,7 +27,7 @@ constexpr int segments_of(int tasks) { return tasks / 2 + 1; }
 constexpr int tasks_for(int segments) { return 2 * segments - 1; }
 
 // The first chunk of a unit. Each unit is a little longer than the one before it, for the later a segment, the later its summary is wanted: states
-// are composed with one after the other. By seven sixteenths of a chunk, if that leaves the first one a quarter of the mean; where units are few, or
+// are composed with one after the other. By seven sixteenths of a chunk, or as much less as leaves the first one a quarter of the mean; where units are few, or
 // very many, all are even.
 constexpr int kEvenUnits = 10;   // so few are
 constexpr int border_of(int chunks, int unit, int units) {

@@ -69,12 +69,12 @@ struct SharedStorage {
     // Who waits is named last. All lanes of a warp arrive that have read or written what is handed over; of a copy, the thread that asks for it.
     uint64_t chains_ready[kChains];      // load -> all others
     uint64_t chains_empty[kChains];      // all others -> load
-    uint64_t loaded[kOwnStages];         // copy engine -> prepare
+    uint64_t loaded[kOwnStages];         // copy engine -> prepare; of the very first chunk, load and load values too
     uint64_t ready[kStages];             // prepare -> recurrence, mail; copy engine, from the other CTA or with pieces -> recurrence
     uint64_t empty[kOwnStages];          // recurrence; that of the other CTA, a lane a warp, or mail -> load
     uint64_t free[kMailStages];          // recurrence of the other CTA, a lane a warp -> mail
     uint64_t values_loaded[kValueStages];   // load values, copy engine -> recurrence
-    uint64_t values_empty[kValueStages];    // recurrence -> load
+    uint64_t values_empty[kValueStages];    // recurrence -> load values
 };
 
 }  // namespace flash_kda::sm90
