@@ -56,7 +56,8 @@ const char* name_of(sm90::Sharing sharing) {
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Kernels of flash_kda; call flash_kda.fwd, which validates, instead.";
     m.attr("CUDA_ARCHS") = FLASH_KDA_CUDA_ARCHS;
-    m.def("fwd", &flash_kda::fwd, "Launches the forward pass on addresses that the caller has validated.");
+    // A launch may wait for room in the stream, and what the stream waits for may be another Python thread's.
+    m.def("fwd", &flash_kda::fwd, py::call_guard<py::gil_scoped_release>(), "Launches the forward pass on addresses that the caller has validated.");
     using flash_kda::Plan;
     using flash_kda::Work;
     py::class_<Work>(m, "Work", "What the busiest CTA does, one after the other.")

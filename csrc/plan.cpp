@@ -19,6 +19,7 @@ constexpr int64_t kMax31 = std::numeric_limits<int32_t>::max();
 constexpr int kSecondTaskChunks = 3;   // another task in a phase takes so many chunks more than its own
 constexpr double kComposedChunks = 2;   // in the time of so many steps a state is composed with a summary
 constexpr double kLeastUnit = 4.5;   // chunks, where units are not even: shorter ones would save less than one composition more costs
+constexpr double kWorthIt = 0.98;   // of the serial order's time: for less, segments are not worth their memory
 constexpr int kFewChains = 16;   // an SM: with more, even a long one is no hurry
 
 [[noreturn]] void too_many(const char* what, int64_t a, int64_t b) {
@@ -53,11 +54,11 @@ Work segmented_work(const Lengths& lengths, int64_t heads, int64_t all_pairs, co
     };
     const auto first_segment = [&](int chunks) -> int {   // in chunks
         const Units units = regular(chunks);
-        return sm90::border_of(units.chunks, sm90::kSegmentUnits, units.count);
+        return sm90::border_of(units.chunks, sm90::kSegmentUnits, units.count, 1.0f / units.count);
     };
     const auto segment = [&](int chunks) -> int {   // the last one: none is longer
         const Units units = regular(chunks);
-        return units.chunks - sm90::border_of(units.chunks, units.count - sm90::kSegmentUnits, units.count);
+        return units.chunks - sm90::border_of(units.chunks, units.count - sm90::kSegmentUnits, units.count, 1.0f / units.count);
     };
     struct Tasks {
         int64_t count;   // of a chain
@@ -150,7 +151,7 @@ Plan make_plan(int64_t num_sequences, int64_t tokens, int64_t heads, bool packed
     if (num_segments > 1 && chunks > 2)
         return segmented(sm90::tasks_for(num_segments), 1);
     Plan best = serial;
-    double least_cost = cost(best);
+    double least_cost = kWorthIt * cost(best);
     const auto consider = [&](const Plan& plan) {
         const double plan_cost = cost(plan);
         if (plan_cost < least_cost) {

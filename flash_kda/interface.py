@@ -36,6 +36,9 @@ def fwd(
     length, 0 included (its state is copied through). A sequence's result depends on no other sequence's contents, and
     the same inputs give the same bits on every run. A sequence may be split into several calls, chained by the states.
 
+    Values and states may be of any size from about 1e-27, components of q and k up to about 1e8. No number (NaN) in k, v, g
+    or beta may reach, besides all later tokens, up to 15 earlier ones of its sequence.
+
     On CUDA tensors this launches on the current stream of `q.device`, does not synchronise and can be captured in a
     CUDA graph. On CPU tensors it runs a chunked fp32 PyTorch path.
 
@@ -59,11 +62,12 @@ def fwd(
             nothing outside the tensors is touched.
         num_segments: on CUDA, into how many segments, done side by side, each sequence is cut in time: 1 to 1024. Where
             few heads leave the GPU idle this is several times faster; no assumption about the gates is made, and the
-            error stays inside the same bound, but other numbers of segments give other last bits. None goes by T, N,
-            H and the GPU; 1 is the serial order, in which a sequence's bits are the same in every batch and pack; n
-            cuts sequences of more than 32 (n - 1) tokens into n, shorter ones into fewer. Segments are about equal,
-            but the last may be half as long as the others, and with six or more each may be a few 16-token chunks
-            longer than the one before it. The CPU path has the serial order only.
+            error stays inside the same bound, but for elements of the state that are 1e5 times smaller than others of
+            their row and outlive them; other numbers of segments give other last bits. None goes by T, N, H and the
+            GPU; 1 is the serial order, in which a sequence's bits are the same in every batch and pack; n cuts
+            sequences of more than 32 (n - 1) tokens into n, shorter ones into fewer. Segments are about equal, but the
+            last may be half as long as the others, and with six or more each may be a few 16-token chunks longer than
+            the one before it. The CPU path has the serial order only.
 
     All tensors are contiguous and on one device; on CUDA, q, k, v, g, out and the states start on a multiple of 16
     bytes. Bad input raises before anything is written or launched.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets everything up (see examples/setup_env.sh) and runs the tests. Arguments go to pytest.
+# Sets everything up (see examples/setup_env.sh) and runs the tests. Arguments go to pytest, files as they are called in this folder.
 # Without a Hopper GPU the tests that need one are skipped, without a CUDA toolkit those of the kernels' build too; the summary counts both.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../examples/setup_env.sh"
@@ -21,6 +21,10 @@ cd "$root/tests"
 if [ "$kernels" = yes ]; then
     "$python" -c 'import flash_kda._C' || fail "the build left no flash_kda._C"
 fi
-has_hopper_gpu || say "No Hopper GPU: the tests that need one are skipped"
+if has_hopper_gpu; then
+    "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || fail "PyTorch does not see the Hopper GPU: the tests that need it would be skipped"
+else
+    say "No Hopper GPU: the tests that need one are skipped"
+fi
 say "Running the tests"
-"$python" -m pytest -rs "$@" .
+"$python" -m pytest -rs "$@"

@@ -83,6 +83,17 @@ def test_gates(kernel, gate):
     check(x, *run(kernel, x), path="cuda", slack=1.5)
 
 
+def test_the_state_stays_in_fp32(kernel):
+    """Rounded at every chunk, it would be twice as wrong."""
+    x = make([1000], heads=1, gate="none")
+    check(x, *run(kernel, x), path="cuda")
+
+
+def test_vectors_as_short_as_epsilon(kernel):
+    x = make([40], heads=1)
+    check(x.replace(q=x.q * 1e-3, k=x.k * 1e-3), *run(kernel, x.replace(q=x.q * 1e-3, k=x.k * 1e-3)), path="cuda", slack=1.5)
+
+
 @pytest.mark.parametrize("lens", [[1], [15], [16], [17], [33, 0, 7], [0, 0], [5, 16, 0, 1]], ids=str)
 @pytest.mark.parametrize("state", [torch.float32, torch.bfloat16, None], ids=str)
 def test_lengths_and_states(kernel, lens, state):
@@ -174,6 +185,23 @@ def test_rows_of_any_size_are_composed(kernel):
     assert error.max() < 8e-3 and not state[..., D // 2, :].any()
 
 
+def test_rows_of_next_to_nothing_are_composed(kernel):
+    """Inside, they are 2^32 times smaller, and no normal numbers of fp32 any more."""
+    x = make([100], heads=1, gate="slow")
+    x = x.replace(v=torch.zeros_like(x.v), initial_state=x.initial_state * 3e-28)
+    _, truth = problems.reference(x)
+    _, state = run(kernel, x, sharing="segments", pairs=2, tasks=3)
+    assert (state.double() - truth).norm() < 8e-3 * truth.norm()
+
+
+def test_steep_gates(kernel):
+    """Neither slope nor offset may become infinite: what lies behind the tail has a logit that would cancel it."""
+    x = make([37], heads=2)
+    x.A_log.copy_(torch.tensor([100.0, 0.0]))
+    x.dt_bias[:, ::3], x.dt_bias[:, 1::3] = float("inf"), -float("inf")
+    check(x, *run(kernel, x), path="cuda", slack=1.5)
+
+
 def test_spare_pairs_of_a_pack(kernel):
     """Only chains that have all tasks have their segment."""
     x = make([400, 70, 0, 33, 300], heads=2)
@@ -220,7 +248,16 @@ def test_segments_that_may_forget(forgetful_kernel, gate, tasks, pairs, spare):
     check(x, *run(forgetful_kernel, x, sharing="segments", pairs=pairs, tasks=tasks, least_chunks=max(spare[1], 1), spare=spare), path="cuda", slack=1.5)
 
 
-def test_what_is_forgotten_is_not_corrected(tmp_path):
+def test_a_single_channel_that_remembers(forgetful_kernel):
+    """In one row of M, and so in one lane's registers: no key mixes it with others."""
+    x = make([405, 512], heads=1, gate="hardest")
+    x.dt_bias[:, 77] = -7.0
+    x.k[..., 77] = 0
+    x = x.replace(initial_state=x.initial_state * 30)
+    check(x, *run(forgetful_kernel, x, sharing="segments", pairs=2, tasks=3), path="cuda", slack=1.5)
+
+
+def test_what_is_forgotten_is_not_corrected(kernel, tmp_path):
     marks = ("recurrence.cuh", "done[i / 4][i % 4] = pack_bf16(O[2 * i] * kStateUp,", "done[i / 4][i % 4] = pack_bf16(1e9f,")
     marked = build(tmp_path / "marked", FORGETFUL, marks)
     x = make([400], heads=1, gate="hardest")  # two segments, of 12 and 13 chunks
@@ -229,7 +266,7 @@ def test_what_is_forgotten_is_not_corrected(tmp_path):
     assert tokens == list(range(192, 224, 2))  # until M is looked at for the first time; and of each pair of tokens the first one is marked
 
 
-def test_what_is_not_forgotten_is_found_uncorrected(tmp_path):
+def test_what_is_not_forgotten_is_found_uncorrected(kernel, tmp_path):
     hasty = build(tmp_path / "hasty", FORGETFUL, ("config.h", "kForgotten = 0x1p-32f", "kForgotten = 16"))
     x = make([400], heads=1, gate="slow")
     with pytest.raises(AssertionError):
@@ -305,7 +342,7 @@ def test_a_mistake_is_found(kernel, tmp_path, name):
             check(x, *run(mistaken, x, **options), path="cuda", slack=1.5)
 
 
-def test_a_cta_that_leaves_early_is_found(tmp_path):
+def test_a_cta_that_leaves_early_is_found(kernel, tmp_path):
     """Without waiting for what the other one has still to say, which is late."""
     arrival = "                __syncwarp();   // every lane has read the copy\n"
     mistaken = build(tmp_path / "mistake", ("load.cuh", "        await(ahead);\n", "        ;\n"),
@@ -335,7 +372,7 @@ RACES = {
     "the other CTA's stages not waited for": (("load.cuh", "kOwnStages + await_room(0);", "kOwnStages + Turn<kMailStages>(number).slot;"), ""),
     "values not waited for": (("load.cuh", "            mbarrier_wait(smem_address(&smem.values_empty[turn.slot]), turn.parity ^ 1);\n", ""), ""),
     "no proxy fence": (("prepare.cuh", "            fence_async_proxy();\n", ""), "no proxy fence"),
-    "no proxy fence before summaries": (("load.cuh", "                    fence_async_proxy_global();\n", ""), "no proxy fence"),
+    "no proxy fence before summaries": (("load.cuh", "                fence_async_proxy_global();\n", ""), "no proxy fence"),
     "a state left too early": (("segments.cuh", "    barrier(kRecurrenceBarrier, kWarpgroup);   // a release is for all that they have written\n", ""), "a read after a write.* the workspace"),
 }
 

@@ -123,10 +123,18 @@ def test_saturated_gate_logits(device, logit):
     check(x, *run(x), slack=NO_DECAY)
 
 
-@pytest.mark.parametrize("A_log", [-10.0, 5.0])
+@pytest.mark.parametrize("A_log", [-10.0, 5.0, 88.5, 100.0])
 def test_extreme_A_log(device, A_log):
     x = make([50, 17], seed=9, device=device)
     x.A_log.fill_(A_log)
+    check(x, *run(x), slack=NO_DECAY)
+
+
+@pytest.mark.parametrize("A_log", [-1.0, 100.0])
+def test_infinite_dt_bias(device, A_log):
+    x = make([50, 17], seed=9, device=device)
+    x.A_log.fill_(A_log)
+    x.dt_bias[:, ::3], x.dt_bias[:, 1::3] = float("inf"), -float("inf")
     check(x, *run(x), slack=NO_DECAY)
 
 
@@ -201,8 +209,9 @@ def test_bf16_state_is_kept_in_fp32_inside_a_sequence(device):
     # A state rounded to bf16 at every chunk would be off by far more than one rounding.
     x = make([1000], gate="none", state=torch.bfloat16, heads=2, seed=16, device=device)
     _, state = run(x)
-    _, state_fp32 = run(x.replace(initial_state=x.initial_state.float()))
+    out, state_fp32 = run(x.replace(initial_state=x.initial_state.float()))
     assert same_bits(state, state_fp32.bfloat16())
+    check(x, out, state_fp32)
 
 
 @pytest.mark.parametrize("gate", ["slow", "mixed", "random"])

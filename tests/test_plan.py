@@ -55,7 +55,7 @@ def test_nothing_to_do(num_sequences, heads, num_segments):
 
 def border(chunks, unit, units):
     """The first chunk of a unit: of 11 to 128 units each is 7/16 of a chunk longer than the one before it, or as much as leaves the first a quarter of the mean."""
-    longer = min(Fraction(7, 16), Fraction(96 * (chunks - units) // (units * (units - 1)), 64)) if 11 <= units <= 128 else 0
+    longer = min(Fraction(7, 16), Fraction(96 * (chunks - units) // units ** 2, 64)) if 11 <= units <= 128 else 0
     return math.floor(Fraction(unit * chunks, units) - longer * unit * (units - unit) / 2)
 
 
@@ -91,9 +91,13 @@ def test_forced_segments(num_sequences, tokens, heads, packed, num_segments, seg
     (6400, 2, 2, 1, 1),
     (6400, 2, 3, 1, 2),
     (6400, 2, 4, 1, 3),
+    (6400, 2, 5, 1, 4),
     (6400, 2, 6, 1, 5),  # from here on later segments are longer
     (6400, 2, 17, 1, 16),  # a task in either phase for every pair
     (6400, 2, 18, 2, 17),  # two for some
+    (6400, 1, 33, 1, 32),
+    (6400, 1, 64, 2, 63),
+    (6400, 1, 65, 2, 64),  # all are even again
 ])
 def test_what_the_busiest_pair_does(tokens, heads, num_segments, rounds, compositions):
     """A summary of the longest segment and its states, 9 chunks; the final state's compositions, but for those that are over before it, which cost
@@ -111,6 +115,11 @@ def test_what_the_busiest_pair_does(tokens, heads, num_segments, rounds, composi
 def test_of_a_long_segment_only_what_a_slow_head_remembers_is_corrected(num_segments, corrected):
     work = _C.plan(1, 2048 * 16, 1, False, num_segments, SMS).work
     assert work.corrections == pytest.approx(corrected / 2 / (SMS / 2))
+
+
+def test_segments_take_memory_and_must_be_worth_it():
+    """Half a gigabyte, here, for less than one per cent."""
+    assert layout(_C.plan(1, 32768, 64, False, FREE, SMS)) == layout(_C.plan(1, 32768, 64, False, 1, SMS))
 
 
 def test_a_pair_may_have_both_parts_of_a_summary():

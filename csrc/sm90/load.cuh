@@ -63,44 +63,43 @@ __device__ __forceinline__ void load_chunks(const KernelParams& p, SharedStorage
     };
     for (uint32_t n = 0; const Chain* next = find_chain(p, smem, walk, n); ++n) {
         const Chain& chain = *next;
-        if constexpr (kSharing == Sharing::kSegments) {
-            if (chain.from == From::kSummaries) {
-                const int composed = chain.compositions, last = awaited_summaries(chain);
+        if (kSharing == Sharing::kSpans || chain.from != From::kSummaries) {   // first in the code too: a launch begins with it
+            const int chunks = chain.chunks();
 #pragma unroll 1
-                for (int segment = 1; segment <= last;) {
-                    const int end = segment + await_summaries(chain, p.workspace.ticket, segment, min(segment + kAwaitedAtOnce, last + 1));
-                    fence_async_proxy_global();
-#pragma unroll 1
-                    for (; segment < end; ++segment)
-                        if (segment <= composed) {
-                            if (elect_one())
-                                load_summary(smem, summary_of(chain, segment), await_stage);
-                            __syncwarp();
-                            pieces += kSummaryPieces;
-                        }
-                }
-                const int count = correction_pieces(chain), row = static_cast<int>(chain.first_row), head = static_cast<int>(chain.head);
+            for (int chunk = (begun ^ rank) & 1; chunk < chunks; chunk += kPair, ++number) {
+                if (n == 0 && number == kFirstChunks)
+                    await_first_chunk(smem);
+                const uint32_t slot = await_stage(0);
                 if (elect_one())
-#pragma unroll 1
-                    for (int piece = 0; piece < count; ++piece) {
-                        const uint32_t slot = await_stage(piece);
-                        load_correction_piece(p, row + piece * kCorrected, head, smem.stages[slot], smem.ready[slot]);
-                    }
-                __syncwarp();
-                pieces += count;
-                count_fetches(chain, p.workspace.ticket, last);   // takes long: not before all is asked for
+                    load_chunk<kSharing>(p, chain, chunk, smem.stages[slot], smem.loaded[number % kOwnStages]);
             }
-        }
-        const int chunks = chain.chunks();
+            begun += chunks;
+        } else if constexpr (kSharing == Sharing::kSegments) {
+            const int composed = chain.compositions, last = awaited_summaries(chain);
 #pragma unroll 1
-        for (int chunk = (begun ^ rank) & 1; chunk < chunks; chunk += kPair, ++number) {
-            if (n == 0 && number == kFirstChunks)
-                await_first_chunk(smem);
-            const uint32_t slot = await_stage(0);
+            for (int segment = 1; segment <= last;) {
+                const int end = segment + await_summaries(chain, p.workspace.ticket, segment, min(segment + kAwaitedAtOnce, last + 1));
+                fence_async_proxy_global();
+#pragma unroll 1
+                for (; segment < end; ++segment)
+                    if (segment <= composed) {
+                        if (elect_one())
+                            load_summary(smem, summary_of(chain, segment), await_stage);
+                        __syncwarp();
+                        pieces += kSummaryPieces;
+                    }
+            }
+            const int count = correction_pieces(chain), row = static_cast<int>(chain.first_row), head = static_cast<int>(chain.head);
             if (elect_one())
-                load_chunk<kSharing>(p, chain, chunk, smem.stages[slot], smem.loaded[number % kOwnStages]);
+#pragma unroll 1
+                for (int piece = 0; piece < count; ++piece) {
+                    const uint32_t slot = await_stage(piece);
+                    load_correction_piece(p, row + piece * kCorrected, head, smem.stages[slot], smem.ready[slot]);
+                }
+            __syncwarp();
+            pieces += count;
+            count_fetches(chain, p.workspace.ticket, last);   // takes long: not before all is asked for
         }
-        begun += chunks;
     }
     await_all<kOwnStages>(await_stage);   // given back, from both CTAs
 }

@@ -51,13 +51,16 @@ public:
         }
     }
 
-    // -gate 2^10 = 1 / (inverse_bound + 2^y), y = gate_slope * g + gate_offset[channel]. Never a slope of zero: see clear_tail.
+    // -gate 2^10 = 1 / (inverse_bound + 2^y), y = gate_slope * g + gate_offset[channel]. Never a slope of zero, nor an infinite slope or offset that
+    // a logit could cancel: see clear_tail. What is so steep is a step function all the same.
     __device__ __forceinline__ void set_head(const KernelParams& p, uint32_t head) {
-        gate_slope = fminf(-expf(p.A_log[head]) * kLog2E, -1e-30f);
+        gate_slope = fmaxf(fminf(-expf(p.A_log[head]) * kLog2E, -1e-30f), -1e18f);
         const float offset = log2f(inverse_bound);
         for (int i = 0; i < kHalfBlocks; ++i)
-            for (int j = 0; j < 2; ++j)
-                gate_offset[i][j] = fmaf(gate_slope, p.dt_bias[head * kDim + half * kHalf + 16 * i + 8 * j + r], offset);
+            for (int j = 0; j < 2; ++j) {
+                const float bias = p.dt_bias[head * kDim + half * kHalf + 16 * i + 8 * j + r];
+                gate_offset[i][j] = fmaf(gate_slope, bias > 1e18f ? 1e18f : bias, offset);
+            }
     }
 
     // `valid` tokens of the chunk are the sequence's own; the rest must leave no trace. Lane l holds token l's beta, a bf16. Called by

@@ -145,25 +145,26 @@ private:
         chain.state_offset = (static_cast<int64_t>(sequence) * p.heads + head) * (kDim * kDim);
         const int chunks = chunks_of(rows.length), units = units_of(tasks), last = segments_of(tasks) - 1;
         const int spare_units = has_spare_segment(p, tasks) ? kSegmentUnits : 0, first_spare = kSegmentUnits * spare_segment_of(tasks);
+        const float inverse = rcp_approx(units - spare_units);
         const auto border = [&](int unit) {
             const int spare = min(max(unit - first_spare, 0), spare_units);   // before it
-            return border_of(chunks - spare_units * p.spare_chunks, min(unit, units) - spare, units - spare_units) + spare * p.spare_chunks;
+            return border_of(chunks - spare_units * p.spare_chunks, min(unit, units) - spare, units - spare_units, inverse) + spare * p.spare_chunks;
         };
         const auto tokens = [&](int from, int to) {   // up to before the last of these chunks; returns how many
             chain.first_row = rows.first + from * kChunk;
             return min(to * kChunk, rows.length) - from * kChunk;
         };
-        if (tasks == 1) {
-            chain.length = tokens(0, chunks);
-            chain.from = From::kInitialState;
-            chain.to = To::kFinalState;
-        } else if (phase == Phase::kSummaries) {
+        if (phase == Phase::kSummaries) {   // first in the code too: a launch begins with it
             const int segment = (task + 1) / 2;
             const bool matrix = has_both_parts(tasks, task) ? part == 1 : task > 0 && task % 2 == 0;
             chain.length = tokens(border(kSegmentUnits * segment), border(kSegmentUnits * (segment + 1)));
             chain.handover = chain.handovers + (segment == 0 ? 0 : 2 * segment - 1 + matrix);
             chain.from = segment == 0 ? From::kInitialState : matrix ? From::kIdentity : From::kZero;
             chain.to = segment == 0 ? To::kHandover : matrix ? To::kM : To::kB;
+        } else if (tasks == 1) {
+            chain.length = tokens(0, chunks);
+            chain.from = From::kInitialState;
+            chain.to = To::kFinalState;
         } else {
             const int own_tasks = units - kSegmentUnits * last;
             const int share = spare_units > 0 ? 0 : final_share(chunks - border(kSegmentUnits * last), own_tasks, last + 1);
@@ -230,11 +231,11 @@ __device__ __forceinline__ void count_fetch(uint64_t* left, uint64_t ticket, int
     atomic_count(reinterpret_cast<uint32_t*>(left), static_cast<uint32_t>(ticket) + fetches - 1);
 }
 
-// The greatest power of two in each of the lane's two rows of the state; zero where that is zero.
+// The greatest power of two in each of the lane's two rows of the state, or the least of fp32's normal numbers, whose inverse still is one.
 __device__ __forceinline__ void find_powers(const float (&S)[kStateRegisters], float (&powers)[2]) {
     const int lane = threadIdx.x % 32;
     for (int h = 0; h < 2; ++h) {
-        float most = 0.0f;
+        float most = 0x1p-126f;
         for (int i = 2 * h; i < kStateRegisters; i += 4)
             most = fmaxf(most, fmaxf(fabsf(S[i]), fabsf(S[i + 1])));
         for (int d = 1; d < 4; d *= 2)
@@ -243,7 +244,7 @@ __device__ __forceinline__ void find_powers(const float (&S)[kStateRegisters], f
     }
 }
 
-// Rows over their powers. Zero stays zero: what a power of zero has for an inverse is finite.
+// Rows over their powers.
 __device__ __forceinline__ void pack_rows(const float (&S)[kStateRegisters], const float (&powers)[2], uint32_t (&S_h)[kStateRegisters / 2]) {
     for (int i = 0; i < kStateRegisters / 2; ++i) {
         const float inverse = __uint_as_float(0x7f000000 - __float_as_uint(powers[i % 2]));

@@ -30,14 +30,20 @@ constexpr int tasks_for(int segments) { return 2 * segments - 1; }
 // are composed with one after the other. By seven sixteenths of a chunk, or as much less as leaves the first one a quarter of the mean; where units are few, or
 // very many, all are even.
 constexpr int kEvenUnits = 10;   // so few are
-constexpr int border_of(int chunks, int unit, int units) {
+constexpr int border_of(int chunks, int unit, int units, float inverse) {
     constexpr int kMost = 128, kParts = 64, kLonger = 7 * kParts / 16;   // of a chunk
-    const int n = units, enough = chunks < n * n ? chunks : n * n;
-    const int fits = n <= kEvenUnits || n > kMost ? 0 : 3 * kParts / 2 * (enough - n) / (n * (n - 1)), longer = fits < kLonger ? fits : kLonger;
-    // unit chunks / n - longer unit (n - unit) / 2, rounded down
-    const int divisor = 2 * kParts * n, up = longer > 0 ? n * n : 0;
-    const int rest = chunks % n * unit * 2 * kParts - unit * (n - unit) * n * longer;
-    return chunks / n * unit + (rest + up * divisor) / divisor - up;
+    // unit chunks / units - longer unit (units - unit) / 2, rounded down. Every launch begins with this, and integer divisions take long. `inverse` is
+    // that of `units`, or nearly; of two bounds that enclose it one gives all chunks to the last unit exactly. Products of floats alone, without
+    // sums, round in the same way wherever they are compiled.
+    const float low = inverse * (1 - 0x1p-21f), high = inverse * (1 + 0x1p-21f);
+    const int mean = static_cast<int>(chunks * low), rest = chunks - mean * units;
+    int longer = 0;
+    if (units > kEvenUnits && units <= kMost) {
+        const float fits = 3 * kParts / 2 * high * high * (chunks - units);
+        longer = fits < kLonger ? static_cast<int>(fits) : kLonger;
+    }
+    const int parts = static_cast<int>(unit * rest * (2 * kParts) * high) - longer * unit * (units - unit);
+    return unit * mean + (parts >> 7);   // 2 kParts a chunk
 }
 
 // Where some pairs are left over when every other one has a task in either phase, these spare ones find the summaries of a shorter segment of each
