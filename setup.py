@@ -118,7 +118,7 @@ def cuda_extension():
 
 
 # A source distribution, and the question what a build needs, do not compile
-describes_only = bool({"sdist", "egg_info"} & set(sys.argv[1:]))
+describes_only = bool({"sdist", "egg_info", "dist_info"} & set(sys.argv[1:]))
 skip_cuda_build = os.environ.get("FLASH_KDA_SKIP_CUDA_BUILD", "0") not in ("", "0")
 readme = ROOT / "README.md"
 

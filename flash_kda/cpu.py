@@ -11,7 +11,7 @@ a sequence's bits must not depend on its neighbours.
 import torch
 import torch.nn.functional as F
 
-CHUNK = 16  # g >= -5 a token, so a chunk's decay stays above e^-80: inside fp32
+CHUNK = 16  # g >= -5 a token, so a chunk's decay and its inverse stay within e^-80 and e^80: inside fp32
 SPAN = 64 * CHUNK  # tokens prepared at a time: bounds the memory taken for a long sequence
 
 
@@ -54,16 +54,10 @@ def prepare(q, k, v, g, beta, A_log, dt_bias, lower_bound):
     q, k, v, g, beta = (to_chunks(x) for x in (q, k, v, g, beta))
 
     G = g.cumsum(-2)
-    E = G[..., -1:, :].exp()
-    # For the products inside the chunk, decay is counted from the middle token: exponents stay within +-40.
-    middle = G[..., CHUNK // 2 - 1 : CHUNK // 2, :]
-    from_middle, to_middle = (G - middle).exp(), (middle - G).exp()
-    ki = (k * to_middle).mT
-    L = beta * ((k * from_middle) @ ki)  # read below its diagonal only
-    Z = ((q * from_middle) @ ki).tril()
-
-    decay = G.exp()
-    kd, qd, kr = k * decay, q * decay, k * (G[..., -1:, :] - G).exp()
+    E, decay = G[..., -1:, :].exp(), G.exp()
+    kd, ki, qd, kr = k * decay, k * (-G).exp(), q * decay, k * (G[..., -1:, :] - G).exp()
+    L = beta * (kd @ ki.mT)  # read below its diagonal only
+    Z = (qd @ ki.mT).tril()
     right = beta * torch.cat((kd, v), -1)
     W, U0 = torch.linalg.solve_triangular(L, right, upper=False, unitriangular=True).chunk(2, -1)
     return W, qd, kr, U0, Z, E
