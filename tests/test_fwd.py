@@ -1,5 +1,7 @@
 """What `flash_kda.fwd` promises, on every path: the same checks for CPU and CUDA tensors."""
 
+import random
+
 import pytest
 import torch
 
@@ -155,6 +157,20 @@ def test_scale_zero(device):
     out, state = run(x.replace(scale=0.0))
     assert (out == 0).all()
     assert same_bits(state, run(x)[1])
+
+
+@pytest.mark.parametrize("draw", range(8))
+def test_fresh_problem(device, draw):
+    """Another one in every run. A failure shows its seed."""
+    seed = random.SystemRandom().randrange(1 << 31)
+    print("seed", seed)
+    rand = random.Random(seed)
+    lens = [rand.choice([0, 16, rand.randint(20, 300)]) for _ in range(rand.randint(0, 4))] + [rand.randint(20, 700)]
+    rand.shuffle(lens)
+    state = rand.choice([torch.float32, torch.bfloat16, None])
+    x = make(lens, heads=rand.randint(1, 5), gate=rand.choice(GATES), state=state, seed=seed, device=device)
+    x = x.replace(lower_bound=rand.uniform(-5, 0), scale=rand.uniform(-2, 2))
+    check(x, *run(x, num_segments=rand.choice([None, 1, rand.randint(2, 12)])), slack=NO_DECAY)
 
 
 # ---------------------------------------------------------------- states
