@@ -16,7 +16,7 @@ namespace {
 // Numbers of chains are counted in 32 bits, coordinates of a tensor map in 31.
 constexpr int64_t kMax31 = std::numeric_limits<int32_t>::max();
 
-constexpr int kSecondTaskChunks = 3;   // another task in a phase takes so many chunks more than its own
+constexpr int kSecondTaskChunks = 3;   // another task in the first phase takes so many chunks more than its own
 constexpr double kComposedChunks = 2;   // in the time of so many steps a state is composed with a summary
 constexpr double kLeastUnit = 4.5;   // chunks, where units are not even: shorter ones would save less than one composition more costs
 constexpr double kWorthIt = 0.98;   // of the serial order's time: for less, segments are not worth their memory
@@ -78,8 +78,9 @@ Work segmented_work(const Lengths& lengths, int64_t heads, int64_t all_pairs, co
     };
     const auto summaries = [&](int chunks) -> Tasks {
         const int n = tasks(chunks);
-        // Who has both parts of the last one begins twice. So does, in the second phase, who corrects a spare one and finds the final state.
-        const int states = sm90::kStateChunks + kSecondTaskChunks * ((n % 2 == 0) + (plan.spare_pairs > 0));
+        // Who has both parts of the last one begins twice. So does, in the second phase, who corrects a spare one and finds the final state, but
+        // has less to do than the others.
+        const int states = sm90::kStateChunks + kSecondTaskChunks * (n % 2 == 0);
         return {n > 1 ? n : 0, static_cast<double>(segment(chunks) + states)};
     };
     const auto whole = [&](int chunks) -> Tasks { return {tasks(chunks) == 1, static_cast<double>(chunks) + sm90::kStateChunks}; };
@@ -165,11 +166,11 @@ Plan make_plan(int64_t num_sequences, int64_t tokens, int64_t heads, bool packed
     for (int tasks = 2; tasks <= all_pairs && sm90::units_of(tasks) <= most_units; ++tasks)
         consider(segmented(lengths_known ? tasks : all_pairs, long_one / sm90::units_of(tasks)));
     // A pair for every task, and the pairs left over for one segment more of each chain, so long that they are done when the others are: with `each`
-    // tasks one after the other, each (2 spare_chunks + kStateChunks) = 2 regular_chunks + kStateChunks. With fewer tasks than the least ones, those
-    // of that segment could have pairs of their own too.
-    const int least_tasks = static_cast<int>(std::max<int64_t>(all_pairs / chains - 1, 1));
-    for (int tasks = least_tasks; chains * tasks < all_pairs && lengths_known; ++tasks) {
-        const int64_t spare_pairs = all_pairs - chains * tasks, each = divide_up(chains * sm90::kSegmentUnits, spare_pairs);
+    // tasks one after the other, each (2 spare_chunks + kStateChunks) = 2 regular_chunks + kStateChunks.
+    const int tasks = static_cast<int>(all_pairs / chains);
+    const int64_t spare_pairs = all_pairs - chains * tasks;
+    if (lengths_known && tasks > 0 && spare_pairs > 0) {
+        const int64_t each = divide_up(chains * sm90::kSegmentUnits, spare_pairs);
         const double regular = static_cast<double>(sm90::kSegmentUnits) / sm90::units_of(tasks);   // a segment, of all chunks but the spare ones
         const double fit = (regular * chunks - (each - 1) * sm90::kStateChunks) / (sm90::kSegmentUnits * (each + regular));
         const int spare_chunks = std::min(static_cast<int>(fit), chunks / (sm90::units_of(tasks) + sm90::kSegmentUnits));
