@@ -102,7 +102,7 @@ Work segmented_work(const Lengths& lengths, int64_t heads, int64_t all_pairs, co
 }  // namespace
 
 double Work::microseconds() const {
-    return 4.4 + 0.46 * steps + 2.77 * summaries + 0.85 * compositions + 0.41 * corrections;
+    return 4.4 + 0.46 * steps + 2.77 * summaries + 0.85 * compositions + 0.405 * corrections;
 }
 
 Plan make_plan(int64_t num_sequences, int64_t tokens, int64_t heads, bool packed, int num_segments, int sms) {
