@@ -1,5 +1,7 @@
-"""The README's Python runs as printed and gives what its text says; links into the project lead somewhere."""
+"""The README's Python and the examples run and give what they say; links into the project lead somewhere."""
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,18 @@ def test_readme_examples():
     want, want_state = flash_kda.reference(*names["packed"], *gate, cu_seqlens=names["cu_seqlens"])
     assert error(names["packed_out"], want) < 5.5e-3
     assert error(names["packed_state"], want_state) < 4e-3
+
+
+@pytest.mark.parametrize("name", ["direct.py", "packed.py", "streaming.py", "run.py"])
+def test_examples(name, tmp_path):
+    """Each prints errors or differences, which are those of bf16 outputs at most. with_fla.py needs flash-linear-attention: see test_fla.py."""
+    text = tmp_path / "text"
+    text.write_text("Some lines.\n\nA second paragraph,\nand more of it.\n", encoding="utf-8")
+    done = subprocess.run([sys.executable, str(ROOT / "examples" / name)] + [str(text)] * (name == "run.py"), cwd=str(tmp_path),
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True)
+    assert done.returncode == 0, done.stdout
+    found = [float(number) for number in re.findall(r"\b\d\.\de[+-]\d\d\b", done.stdout)]
+    assert found and max(found) < 2e-2, done.stdout
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
