@@ -32,7 +32,9 @@ def _version(distribution: str) -> str:
 
 
 def _shipped(package: str, distribution: str, pattern: str) -> Tuple[Path, str]:
-    """A file that a package ships, and which one it is, by the package's version or by its own hash; the package itself is not imported, which may take long.
+    """A file that a package ships, and which one it is, by the package's version or else by its own hash.
+
+    The package itself is not imported, which may take long.
 
     `pattern` is relative to the package. A file of that name is taken from the installed package, else from the
     folder PEERS_DIR (default: .peers in the working directory). Raises ImportError where neither has it.

@@ -47,18 +47,17 @@ Work segmented_work(const Lengths& lengths, int64_t heads, int64_t all_pairs, co
     const auto tasks = [&](int chunks) { return sm90::tasks_of(chunks, plan.least_chunks, plan.tasks); };
     struct Units {
         int chunks, count;
+
+        int border(int unit) const { return sm90::border_of(chunks, unit, count, 1.0f / count); }
     };
     const auto regular = [&](int chunks) -> Units {
         const int spare_units = tasks(chunks) == plan.tasks && plan.spare_chunks > 0 ? sm90::kSegmentUnits : 0;
         return {chunks - spare_units * plan.spare_chunks, sm90::units_of(tasks(chunks)) - spare_units};
     };
-    const auto first_segment = [&](int chunks) -> int {   // in chunks
-        const Units units = regular(chunks);
-        return sm90::border_of(units.chunks, sm90::kSegmentUnits, units.count, 1.0f / units.count);
-    };
+    const auto first_segment = [&](int chunks) -> int { return regular(chunks).border(sm90::kSegmentUnits); };   // in chunks
     const auto segment = [&](int chunks) -> int {   // the last one: none is longer
         const Units units = regular(chunks);
-        return units.chunks - sm90::border_of(units.chunks, units.count - sm90::kSegmentUnits, units.count, 1.0f / units.count);
+        return units.chunks - units.border(units.count - sm90::kSegmentUnits);
     };
     struct Tasks {
         int64_t count;   // of a chain

@@ -12,7 +12,7 @@ except ImportError as error:  # built without CUDA, or the module does not load:
 
 @functools.lru_cache(maxsize=None)  # once a device: it stands on the path of every call
 def check_device(index: int) -> int:
-    """The number of SMs of CUDA device `index`. Raises RuntimeError unless the kernels are built for its compute capability."""
+    """The number of SMs of CUDA device `index`. Raises RuntimeError unless the kernels are built and run on it."""
     if _C is None:
         raise RuntimeError(
             "flash_kda is installed without its CUDA kernels ({}). To run on CUDA tensors, rebuild it on a "
@@ -21,11 +21,11 @@ def check_device(index: int) -> int:
         )
     found = torch.cuda.get_device_capability(index)
     archs = [arch for arch in _C.CUDA_ARCHS.split(";") if arch]
-    # wgmma and setmaxnreg are in code for sm_90a alone, which runs on 9.0 alone: compiled for others, the kernels trap.
+    # wgmma is in code for sm_90a alone, which runs on 9.0 alone: compiled for others, the kernels trap.
     if found != (9, 0) or "90a" not in archs:
         raise RuntimeError(
-            "flash_kda's CUDA kernels need a GPU of compute capability 9.0 (Hopper) and are built for "
-            "sm_{}; cuda:{} ({}) has compute capability {}.{}".format(
+            "flash_kda's CUDA kernels need a GPU of compute capability 9.0 (Hopper) and code for sm_90a, and are "
+            "built for sm_{}; cuda:{} ({}) has compute capability {}.{}".format(
                 ", sm_".join(archs), index, torch.cuda.get_device_name(index), found[0], found[1]
             )
         )

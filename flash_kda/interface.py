@@ -36,8 +36,8 @@ def fwd(
     length, 0 included (its state is copied through). A sequence's result depends on no other sequence's contents, and
     the same inputs give the same bits on every run. A sequence may be split into several calls, chained by the states.
 
-    Values and states may be of any size from about 1e-27, components of q and k up to about 1e8. No number (NaN) in k, v, g
-    or beta may reach, besides all later tokens, up to 15 earlier ones of its sequence.
+    Values and states may be of any size from about 1e-27, components of q and k up to about 1e8. A NaN or infinity in
+    k, v, g or beta may reach, besides all later tokens, up to 15 earlier ones of its sequence.
 
     On CUDA tensors this launches on the current stream of `q.device`, does not synchronise and can be captured in a
     CUDA graph. On CPU tensors it runs a chunked fp32 PyTorch path.

@@ -91,7 +91,8 @@ def test_the_state_stays_in_fp32(kernel):
 
 def test_vectors_as_short_as_epsilon(kernel):
     x = make([40], heads=1)
-    check(x.replace(q=x.q * 1e-3, k=x.k * 1e-3), *run(kernel, x.replace(q=x.q * 1e-3, k=x.k * 1e-3)), path="cuda", slack=1.5)
+    x = x.replace(q=x.q * 1e-3, k=x.k * 1e-3)
+    check(x, *run(kernel, x), path="cuda", slack=1.5)
 
 
 @pytest.mark.parametrize("lens", [[1], [15], [16], [17], [33, 0, 7], [0, 0], [5, 16, 0, 1]], ids=str)

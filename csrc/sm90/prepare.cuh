@@ -54,12 +54,13 @@ public:
     // -gate 2^10 = 1 / (inverse_bound + 2^y), y = gate_slope * g + gate_offset[channel]. Never a slope of zero, nor an infinite slope or offset that
     // a logit could cancel: see clear_tail. What is so steep is a step function all the same.
     __device__ __forceinline__ void set_head(const KernelParams& p, uint32_t head) {
-        gate_slope = fmaxf(fminf(-expf(p.A_log[head]) * kLog2E, -1e-30f), -1e18f);
+        constexpr float kSteepest = 1e18f;
+        gate_slope = fmaxf(fminf(-expf(p.A_log[head]) * kLog2E, -1e-30f), -kSteepest);
         const float offset = log2f(inverse_bound);
         for (int i = 0; i < kHalfBlocks; ++i)
             for (int j = 0; j < 2; ++j) {
                 const float bias = p.dt_bias[head * kDim + half * kHalf + 16 * i + 8 * j + r];
-                gate_offset[i][j] = fmaf(gate_slope, bias > 1e18f ? 1e18f : bias, offset);
+                gate_offset[i][j] = fmaf(gate_slope, bias > kSteepest ? kSteepest : bias, offset);
             }
     }
 

@@ -27,14 +27,16 @@ constexpr int segments_of(int tasks) { return tasks / 2 + 1; }
 constexpr int tasks_for(int segments) { return 2 * segments - 1; }
 
 // The first chunk of a unit. Each unit is a little longer than the one before it, for the later a segment, the later its summary is wanted: states
-// are composed with one after the other. By seven sixteenths of a chunk, or as much less as leaves the first one a quarter of the mean; where units are few, or
-// very many, all are even.
+// are composed with one after the other. By seven sixteenths of a chunk, or as much less as leaves the first one a quarter of the mean; where
+// units are few, or very many, all are even.
 constexpr int kEvenUnits = 10;   // so few are
 constexpr int border_of(int chunks, int unit, int units, float inverse) {
     constexpr int kMost = 128, kParts = 64, kLonger = 7 * kParts / 16;   // of a chunk
-    // unit chunks / units - longer unit (units - unit) / 2, rounded down. Every launch begins with this, and integer divisions take long. `inverse` is
-    // that of `units`, or nearly; of two bounds that enclose it one gives all chunks to the last unit exactly. Products of floats alone, without
-    // sums, round in the same way wherever they are compiled.
+    constexpr int kHalfPartBits = 7;
+    static_assert(1 << kHalfPartBits == 2 * kParts);
+    // unit chunks / units - longer unit (units - unit) / 2, rounded down. Every launch begins with this, and integer divisions take long.
+    // `inverse` is that of `units`, or nearly; of two bounds that enclose it one gives all chunks to the last unit exactly. Products of floats
+    // alone, without sums, round in the same way wherever they are compiled.
     const float low = inverse * (1 - 0x1p-21f), high = inverse * (1 + 0x1p-21f);
     const int mean = static_cast<int>(chunks * low), rest = chunks - mean * units;
     int longer = 0;
@@ -42,8 +44,8 @@ constexpr int border_of(int chunks, int unit, int units, float inverse) {
         const float fits = 3 * kParts / 2 * high * high * (chunks - units);
         longer = fits < kLonger ? static_cast<int>(fits) : kLonger;
     }
-    const int parts = static_cast<int>(unit * rest * (2 * kParts) * high) - longer * unit * (units - unit);
-    return unit * mean + (parts >> 7);   // 2 kParts a chunk
+    const int half_parts = static_cast<int>(unit * rest * (2 * kParts) * high) - longer * unit * (units - unit);
+    return unit * mean + (half_parts >> kHalfPartBits);
 }
 
 // Where some pairs are left over when every other one has a task in either phase, these spare ones find the summaries of a shorter segment of each
