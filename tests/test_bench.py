@@ -393,6 +393,51 @@ def test_this_projects_documents_are_up_to_date():
     assert done.returncode == 0, done.stdout + "run: python benchmarks/report.py"
 
 
+# ---- clocks
+
+class Timeline:
+    """A GPU's part in a measurement replaced: the n-th run takes n microseconds, and is queued late where `late` says so."""
+
+    def __init__(self, monkeypatch, late):
+        timeline, empty = self, torch.empty
+        self.runs = 0
+
+        class Event:
+            def __init__(self, enable_timing=False):
+                pass
+
+            def record(self):
+                pass
+
+            def query(self):
+                return late(timeline.runs)
+
+            def elapsed_time(self, stop):
+                return 1e-3 * timeline.runs
+
+        monkeypatch.setattr(torch, "empty", lambda *size, dtype, device: empty(1, dtype=dtype))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: None)
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        for name, call in (("_sleep", lambda cycles: None), ("synchronize", lambda: None)):
+            monkeypatch.setattr(torch.cuda, name, call)
+
+    def run(self):
+        self.runs += 1
+
+
+def test_runs_that_the_host_queued_late_do_not_count(monkeypatch):
+    timeline = Timeline(monkeypatch, late=lambda run: run % 3 == 0)
+    times = measure._cold_times_us(timeline.run)
+    in_time = [run for run in range(1, 100) if run % 3]
+    assert times == pytest.approx(in_time[measure.UNTIMED:measure.UNTIMED + measure.REPEATS])
+
+
+def test_a_host_that_is_always_late_is_an_error(monkeypatch):
+    timeline = Timeline(monkeypatch, late=lambda run: True)
+    with pytest.raises(RuntimeError, match="does not queue"):
+        measure._cold_times_us(timeline.run)
+
+
 # ---- command lines
 
 @pytest.mark.parametrize("arguments, said", [
