@@ -21,6 +21,7 @@ The last three blocks come from results/ladder/history.json, which is kept by ha
 work, and in it an entry a version, written when it was measured.
 """
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -203,6 +204,15 @@ def progress_line(result: Result, entry: Dict) -> str:
         entry["gate"], entry["group"], entry["row"], floor, " | ".join(parts))
 
 
+def _mark(result: Result) -> str:
+    """What a plot is marked with, to tell whether it is of this result."""
+    return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
+
+
+def _save_plot(figure, result: Result, path: Path) -> None:
+    figure.savefig(str(path), dpi=120, metadata={"Source": _mark(result)})  # stands in the file as it is
+
+
 def plot(result: Result, path: Path) -> bool:
     """Draws time over the floor, a bar a row and implementation, a panel a gate. False without matplotlib."""
     try:
@@ -235,7 +245,7 @@ def plot(result: Result, path: Path) -> bool:
         panel.set_title("%s gate" % gate)
     panels[-1].legend(fontsize=8)
     figure.suptitle(result["device"]["name"])
-    figure.savefig(str(path), dpi=120)
+    _save_plot(figure, result, path)
     return True
 
 
@@ -280,7 +290,7 @@ def plot_scaling(result: Result, path: Path) -> bool:
             curves.setdefault(label, curve)
     figure.legend(curves.values(), curves.keys(), loc="outside lower center", ncols=min(4, len(curves)), fontsize=8)
     figure.suptitle(result["device"]["name"])
-    figure.savefig(str(path), dpi=120)
+    _save_plot(figure, result, path)
     return True
 
 
@@ -458,14 +468,27 @@ def outdated(root: Path = ROOT) -> Dict[Path, str]:
             if not path.exists() or path.read_text(encoding="utf-8") != text}
 
 
+def outdated_plots(root: Path = ROOT) -> Dict[Path, Callable[[Result, Path], bool]]:
+    """Results whose plot is of another result, and what draws them."""
+    folder = root / "benchmarks" / "results"
+    plots = {path: draw for name, draw in (("", plot), ("scaling", plot_scaling)) for path in sorted((folder / name).glob("*.json"))}
+    return {path: draw for path, draw in plots.items() if path.with_suffix(".png").exists() and
+            _mark(json.loads(path.read_text(encoding="utf-8"))).encode() not in path.with_suffix(".png").read_bytes()}
+
+
 def main(argv: Optional[List[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where a file is out of date")
     args = parser.parse_args(argv)
-    stale = outdated()
-    for path, text in stale.items():
+    stale = []
+    for path, draw in outdated_plots().items():
+        if args.check or write_plot(draw, json.loads(path.read_text(encoding="utf-8")), path):
+            stale.append(path.with_suffix(".png"))
+    for path, text in outdated().items():  # the texts link plots, which are gone now where they could not be drawn
         if not args.check:
             path.write_text(text, encoding="utf-8")
+        stale.append(path)
+    for path in stale:
         print("%s: %s" % ("out of date" if args.check else "wrote", path.relative_to(ROOT)))
     return 1 if args.check and stale else 0
 

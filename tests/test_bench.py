@@ -324,6 +324,20 @@ def test_a_typed_figure_and_a_new_result_are_noticed(project, synthetic):
     assert {path.name for path in report.outdated(project)} == {"README.md", "performance.md", "test.md"}
 
 
+def test_a_plot_of_another_result_is_noticed(project, synthetic, scaled):
+    pytest.importorskip("matplotlib")
+    results = project / "benchmarks" / "results"
+    (results / "scaling").mkdir()
+    plots = {results / "test.json": (report.plot, synthetic), results / "scaling" / "test.json": (report.plot_scaling, scaled)}
+    for path, (draw, result) in plots.items():
+        path.write_text(json.dumps(result), encoding="utf-8")
+        report.write_plot(draw, result, path)
+    assert report.outdated_plots(project) == {}
+    for path, (draw, result) in plots.items():
+        path.write_text(json.dumps(dict(result, date="later")), encoding="utf-8")
+    assert report.outdated_plots(project) == {path: draw for path, (draw, _) in plots.items()}
+
+
 def block(name, project):
     text = "<!-- results:begin %s --><!-- results:end -->" % name
     return report.regenerate(text, project / "docs" / "performance.md", project / "benchmarks" / "results")
