@@ -32,7 +32,7 @@ HEADS = (2, 4, 8, 16, 24, 64, 96)
 SEGMENTS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 17)
 CHUNK = 16
 FIT_SCALE, FIT_ROUNDS = 0.05, 30
-SLOW = 1.15  # times what a first fit says: a machine that hesitates, or short serial calls with many heads, of which the model knows too little
+SLOW = 1.15  # times what a first fit says: of short serial calls with many heads the model knows too little
 PARTS = tuple(part for part in report.PLAN_UNITS if part != "launch")
 
 

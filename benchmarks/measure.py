@@ -93,7 +93,8 @@ def _cold_times_us(run: Callable[[], None]) -> List[float]:
     flush = torch.empty(max(128 << 20, 2 * l2), dtype=torch.uint8, device="cuda")
     times = []
     for _ in range(10 * (UNTIMED + REPEATS)):
-        lead, start, stop = torch.cuda.Event(), *(torch.cuda.Event(enable_timing=True) for _ in range(2))
+        lead = torch.cuda.Event()
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda._sleep(LEAD_CYCLES)
         lead.record()
         flush.zero_()

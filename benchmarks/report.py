@@ -399,16 +399,17 @@ class Kind(NamedTuple):
     """A kind of block that shows a result of every device."""
     folder: str                     # of results/, where these results lie
     text: Callable[[Result], str]
-    image: Optional[str]            # what the plot beside the result shows, where the block has it
+    image: Optional[str]            # what the plot beside the result shows, where the block has it,
+    draw: Optional[Callable[[Result, Path], bool]]  # and what draws that
     absent: str                     # what stands there without results
 
 
 KINDS = {
-    "summary": Kind("", summary_table, "Time over the memory floor, a bar a row", NO_RESULTS),
-    "rows": Kind("", rows_table, None, NO_RESULTS),
-    "accuracy": Kind("", accuracy_table, None, NO_RESULTS),
-    "plan": Kind("plan", plan_text, None, NOT_MEASURED),
-    "scaling": Kind("scaling", scaling_text, "Time over the length of one sequence", NOT_MEASURED),
+    "summary": Kind("", summary_table, "Time over the memory floor, a bar a row", plot, NO_RESULTS),
+    "rows": Kind("", rows_table, None, None, NO_RESULTS),
+    "accuracy": Kind("", accuracy_table, None, None, NO_RESULTS),
+    "plan": Kind("plan", plan_text, None, None, NOT_MEASURED),
+    "scaling": Kind("scaling", scaling_text, "Time over the length of one sequence", plot_scaling, NOT_MEASURED),
 }
 HISTORIES = {"ladder": ("versions", ladder_table), "tried": ("tried", tried_table), "profile": ("profile", profile_table)}
 
@@ -471,9 +472,14 @@ def outdated(root: Path = ROOT) -> Dict[Path, str]:
 def outdated_plots(root: Path = ROOT) -> Dict[Path, Callable[[Result, Path], bool]]:
     """Results whose plot is of another result, and what draws them."""
     folder = root / "benchmarks" / "results"
-    plots = {path: draw for name, draw in (("", plot), ("scaling", plot_scaling)) for path in sorted((folder / name).glob("*.json"))}
-    return {path: draw for path, draw in plots.items() if path.with_suffix(".png").exists() and
-            _mark(json.loads(path.read_text(encoding="utf-8"))).encode() not in path.with_suffix(".png").read_bytes()}
+    stale = {}
+    for kind in (kind for kind in KINDS.values() if kind.draw):
+        for stem, result in load_results(folder / kind.folder).items():
+            json_path = folder / kind.folder / (stem + ".json")
+            png = json_path.with_suffix(".png")
+            if png.exists() and _mark(result).encode() not in png.read_bytes():
+                stale[json_path] = kind.draw
+    return stale
 
 
 def main(argv: Optional[List[str]] = None) -> int:
